@@ -1,0 +1,5 @@
+"""`python -m miniglm` is the command `miniglm`."""
+
+from miniglm.cli import main
+
+main()

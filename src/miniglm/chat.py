@@ -1,0 +1,133 @@
+"""Text in, text out: questions, conversations and continuations on top of the engine, and the chat in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from miniglm.generation import Engine, SamplingSettings
+from miniglm.model import GLM
+from miniglm.qa.formats import Example
+from miniglm.qa.questions import normalize_question
+from miniglm.tokenizer import StreamingDetokenizer, Tokenizer
+
+Message = dict[str, str]
+
+
+def messages_of(example: Example) -> list[Message]:
+    """An example's conversation up to its last question, in chat form."""
+    messages = [{"role": "system", "content": example.system}] if example.system else []
+    for turn in example.turns[:-1]:
+        messages.append({"role": "user", "content": normalize_question(turn.question)})
+        messages.append({"role": "assistant", "content": turn.answer})
+    return [*messages, {"role": "user", "content": normalize_question(example.question)}]
+
+
+def fit_prompt(tokenizer: Tokenizer, messages: Sequence[Message], context: int, room: int) -> list[int]:
+    """The prompt's tokens with `room` left for an answer: the oldest turns go first, the system message stays.
+    A question that alone is too long keeps its end."""
+    system = [m for m in messages if m["role"] == "system"]
+    turns = [m for m in messages if m["role"] != "system"]
+    limit = max(context - room, context // 2)
+    while True:
+        ids = tokenizer.encode_chat(system + turns)
+        if len(ids) <= limit:
+            return ids
+        if len(turns) > 1:
+            turns = turns[2:]
+        elif system:
+            system = []
+        else:
+            head = tokenizer.encode_chat([{"role": "user", "content": ""}], add_generation_prompt=False)
+            return head + ids[len(ids) - (limit - len(head)) :]
+
+
+def answer_questions(
+    model: GLM,
+    tokenizer: Tokenizer,
+    questions: Sequence[Example],
+    settings: SamplingSettings,
+    *,
+    batch_size: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """One answer to the last question of each example, many at once."""
+    context = model.config.max_position_embeddings
+    room = min(settings.max_new_tokens, context // 2)
+    prompts = [fit_prompt(tokenizer, messages_of(q), context, room) for q in questions]
+    made = Engine(model).generate(prompts, settings, batch_size=batch_size, progress=progress)
+    return [tokenizer.decode(g.ids).strip() for g in made]
+
+
+def continue_text(
+    model: GLM, tokenizer: Tokenizer, prompts: Sequence[str], settings: SamplingSettings | Sequence[SamplingSettings]
+) -> list[str]:
+    """What follows each text, without the text itself."""
+    encoded = [tokenizer.prefix + tokenizer.encode(prompt) for prompt in prompts]
+    return [tokenizer.decode(g.ids) for g in Engine(model).generate(encoded, settings)]
+
+
+class ChatSession:
+    """A conversation that remembers its turns."""
+
+    def __init__(self, model: GLM, tokenizer: Tokenizer, settings: SamplingSettings) -> None:
+        self.tokenizer, self.settings = tokenizer, settings
+        self.engine = Engine(model)
+        self.messages: list[Message] = []
+
+    def clear(self) -> None:
+        """Forgets all turns."""
+        self.messages = []
+
+    def reply(self, question: str) -> Iterator[str]:
+        """Streams the answer in pieces that are never a broken character. What was said so far is remembered also
+        when the reader stops in the middle."""
+        self.messages.append({"role": "user", "content": normalize_question(question)})
+        context = self.engine.context
+        room = min(self.settings.max_new_tokens, context // 2)
+        prompt = fit_prompt(self.tokenizer, self.messages, context, room)
+        detokenizer = StreamingDetokenizer(self.tokenizer)
+        said: list[str] = []
+        try:
+            for step in self.engine.stream([prompt], self.settings):
+                if piece := detokenizer.add(step[0][1]):
+                    said.append(piece)
+                    yield piece
+            if piece := detokenizer.finish():
+                said.append(piece)
+                yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": "".join(said)})
+
+
+def terminal_chat(
+    model: GLM,
+    tokenizer: Tokenizer,
+    settings: SamplingSettings,
+    *,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
+) -> None:
+    """Asks and answers until Ctrl-D or /exit. Ctrl-C stops an answer; at the prompt it ends the chat."""
+    session = ChatSession(model, tokenizer, settings)
+    write("问它关于书的问题。/clear 忘掉前面的对话，/exit 或 Ctrl-D 结束，Ctrl-C 打断回答。\n")
+    while True:
+        try:
+            question = read("\n问：").strip()
+        except (EOFError, KeyboardInterrupt):
+            write("\n")
+            return
+        if question in ("/exit", "/quit"):
+            return
+        if question == "/clear":
+            session.clear()
+            write("已忘掉前面的对话。\n")
+        elif question:
+            write("答：")
+            answer = session.reply(question)
+            try:
+                for piece in answer:
+                    write(piece)
+            except KeyboardInterrupt:
+                answer.close()  # type: ignore[attr-defined]
+                write("（已打断）")
+            write("\n")

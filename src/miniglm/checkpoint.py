@@ -1,0 +1,285 @@
+"""What is saved: the model folder (a Hugging Face folder), the resumable state, the run folder's mark.
+
+safetensors and JSON only, never a pickle. Every file is written under a temporary name and renamed, so a run killed
+at any moment leaves each file as it was or as it should be.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from miniglm import __version__
+from miniglm.errors import MiniGLMError
+from miniglm.model import GLM, ModelConfig
+from miniglm.tokenizer import Tokenizer
+
+FORMAT = 1
+"""Number of the run folder's and the state's layout; another number is not read."""
+MAX_HEADER = 100 * 2**20
+"""safetensors' own bound on its header, bytes."""
+_TEMPORARY = ".miniglm-tmp-"
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """Replaces a file's content, whole or not at all.
+
+    Raises:
+        MiniGLMError: the disk is full, or the folder cannot be written; the old content is untouched.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    name = ""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)  # mkstemp makes files that only their owner reads
+        Path(name).replace(path)
+    except OSError as error:
+        raise MiniGLMError(
+            f"写不了 {len(data):,} 字节（{error.strerror or error}），原来的内容没有动",
+            path=path,
+            fix="请检查磁盘空间和权限，再运行同一条命令",
+        ) from None
+    finally:
+        if name:
+            Path(name).unlink(missing_ok=True)
+
+
+def clean_temporaries(folder: Path) -> None:
+    """Removes what a killed process left half written."""
+    for path in folder.rglob(f"{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+def save_model(folder: Path, model: GLM, tokenizer: Tokenizer) -> None:
+    """Writes a folder that transformers, vLLM and ours open as it is. The weights come last: a folder that has them
+    is whole."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MiniGLMError(f"建不了这个目录（{error.strerror}）", path=folder) from None
+    stops = sorted(tokenizer.stop_ids)
+    config = model.config.to_hf() | {"eos_token_id": stops, "pad_token_id": tokenizer.end_of_text, "bos_token_id": None}
+    generation = {"eos_token_id": stops, "pad_token_id": tokenizer.end_of_text, "do_sample": False}
+    tokenizer.save(folder, model_max_length=model.config.max_position_embeddings)
+    for name, content in (("config.json", config), ("generation_config.json", generation)):
+        atomic_write(folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
+    }
+    atomic_write(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise MiniGLMError("缺少这个文件", path=path, fix="这个目录不完整，请重新训练或复制完整的目录") from None
+    except (OSError, ValueError) as error:
+        raise MiniGLMError(
+            f"读不了，应为 JSON（{error}）", path=path, fix="文件损坏，请重新训练或复制完整的目录"
+        ) from None
+    if not isinstance(content, dict):
+        raise MiniGLMError("应为一个 JSON 对象", path=path, fix="文件损坏，请重新训练或复制完整的目录")
+    return content
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, its header checked against the file's size before anything is read.
+
+    Raises:
+        MiniGLMError: missing, cut short, or not such a file.
+    """
+    broken = "文件损坏或没有写完，请重新训练或复制完整的文件"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+            if not 0 < length <= min(MAX_HEADER, size - 8):
+                raise MiniGLMError(f"不是完整的 safetensors 文件（{size} 字节）", path=path, fix=broken)
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        ends = [int(entry["data_offsets"][1]) for entry in header.values()]
+        if max(ends, default=0) != size - 8 - length:
+            raise MiniGLMError(
+                f"应有 {8 + length + max(ends, default=0):,} 字节，实有 {size:,} 字节", path=path, fix=broken
+            )
+        return safetensors.torch.load_file(path), metadata
+    except FileNotFoundError:
+        raise MiniGLMError("缺少这个文件", path=path, fix="这个目录不完整，请重新训练或复制完整的目录") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, safetensors.SafetensorError) as error:
+        raise MiniGLMError(f"不是有效的 safetensors 文件（{error}）", path=path, fix=broken) from None
+
+
+def load_model(folder: Path, device: str = "cpu") -> tuple[GLM, Tokenizer]:
+    """A model folder's model, ready to run, and its tokenizer.
+
+    Raises:
+        MiniGLMError: a missing, cut or contradictory file; the text names it.
+    """
+    if not folder.is_dir():
+        raise MiniGLMError("没有这个模型目录", path=folder)
+    try:
+        config = ModelConfig.from_hf(_read_json(folder / "config.json"))
+    except (ValueError, TypeError) as error:
+        raise MiniGLMError(f"不是能用的 GLM 配置：{error}", path=folder / "config.json") from None
+    weights = folder / "model.safetensors"
+    tensors, _ = read_safetensors(weights)
+    tokenizer = Tokenizer.load(folder)
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    with torch.device("meta"):
+        model = GLM(config)
+    expected = {
+        n: p.shape for n, p in model.state_dict().items() if n != "lm_head.weight" or not config.tie_word_embeddings
+    }
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise MiniGLMError(f"缺少张量 {name}，应为 {tuple(shape)}", path=weights, fix="权重与 config.json 不符")
+        if tensors[name].shape != shape:
+            found = tuple(tensors[name].shape)
+            raise MiniGLMError(
+                f"张量 {name} 是 {found}，应为 {tuple(shape)}", path=weights, fix="权重与 config.json 不符"
+            )
+    if extra := sorted(set(tensors) - set(expected)):
+        raise MiniGLMError(f"多出张量 {extra[0]} 等 {len(extra)} 个", path=weights, fix="权重与 config.json 不符")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise MiniGLMError(
+            f"分词器有 {tokenizer.vocab_size} 个 token，模型只有 {config.vocab_size} 个",
+            path=folder,
+            fix="两者不是一套",
+        )
+    model = model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.load_state_dict(tensors, strict=not config.tie_word_embeddings)
+    return model.eval(), tokenizer
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """One safetensors file that holds everything resuming needs, `meta` as JSON in its metadata."""
+    flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({"format": FORMAT} | dict(meta))
+    atomic_write(path, safetensors.torch.save(flat, metadata={"miniglm": text}))
+
+
+def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `save_state` wrote.
+
+    Raises:
+        MiniGLMError: damaged, or of another format.
+    """
+    tensors, metadata = read_safetensors(path)
+    try:
+        meta: dict[str, Any] = json.loads(metadata["miniglm"])
+        found = meta["format"]
+    except (KeyError, ValueError, TypeError):
+        raise MiniGLMError("不是 miniGLM 的训练状态", path=path, fix="换一个 --out 目录") from None
+    if found != FORMAT:
+        raise MiniGLMError(
+            f"训练状态的格式是 {found}，这个版本只认 {FORMAT}", path=path, fix="换一个 --out 目录重新训练"
+        )
+    return tensors, meta
+
+
+def optimizer_tensors(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor], list[Any]]:
+    """The optimizers' state: tensors under `optimizer/parameter/name`, and the other values."""
+    tensors: dict[str, Tensor] = {}
+    others: list[Any] = []
+    for number, optimizer in enumerate(optimizers):
+        values: dict[str, Any] = {}
+        for parameter, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{number}/{parameter}/{name}"] = value
+                else:
+                    values[f"{parameter}/{name}"] = value
+        others.append(values)
+    return tensors, others
+
+
+def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], others: Sequence[Any]) -> None:
+    """Puts back what `optimizer_tensors` took. Rates and other settings stay as the optimizers were built with."""
+    for number, optimizer in enumerate(optimizers):
+        state: dict[int, dict[str, Any]] = {}
+        for key, tensor in tensors.items():
+            owner, parameter, name = key.split("/")
+            if int(owner) == number:
+                state.setdefault(int(parameter), {})[name] = tensor
+        for key, value in others[number].items():
+            parameter, name = key.split("/")
+            state.setdefault(int(parameter), {})[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """The state of torch's random numbers, on the CPU and on every GPU."""
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return found
+
+
+def restore_rng(tensors: Mapping[str, Tensor]) -> None:
+    """Puts back what `rng_tensors` took; GPUs that are no longer there are passed over."""
+    torch.set_rng_state(tensors["cpu"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"cuda{i}"], i)
+
+
+class RunFolder:
+    """A folder that holds one run, marked by run.json."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def create_or_open(self) -> None:
+        """Makes or opens the folder.
+
+        Raises:
+            MiniGLMError: something else is there, or a run of another version.
+        """
+        mark = self.path / "run.json"
+        if self.path.exists() and not self.path.is_dir():
+            raise MiniGLMError("这是一个文件，应为运行目录", path=self.path, fix="换一个 --out")
+        if not mark.exists():
+            if self.path.exists() and any(p.name[: len(_TEMPORARY)] != _TEMPORARY for p in self.path.iterdir()):
+                raise MiniGLMError(
+                    "不是 miniGLM 的运行目录（里面有别的文件）", path=self.path, fix="换一个空的或新的 --out"
+                )
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise MiniGLMError(f"建不了这个目录（{error.strerror}）", path=self.path, fix="换一个 --out") from None
+            atomic_write(mark, json.dumps({"format": FORMAT, "miniglm": __version__}) + "\n")
+        found = _read_json(mark)
+        if found.get("format") != FORMAT:
+            raise MiniGLMError(
+                f"运行目录的格式是 {found.get('format')!r}（miniglm {found.get('miniglm', '?')} 所做），这个版本只认 {FORMAT}",
+                path=mark,
+                fix="换一个 --out，或用那个版本打开",
+            )
+        with contextlib.suppress(OSError):
+            clean_temporaries(self.path)

@@ -1,0 +1,395 @@
+"""The command line: one verb a stage. Parsing and printing, no work; nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from miniglm import __version__
+from miniglm.errors import MiniGLMError
+
+if TYPE_CHECKING:
+    from miniglm.generation import SamplingSettings
+    from miniglm.pipeline import Run
+
+# No telemetry from any library that a verb may load.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+app = typer.Typer(
+    help="把书变成会回答问题的小模型：miniglm demo 一条命令从《三国演义》训练出一个，然后和它聊天。",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+corpus_app = typer.Typer(help="书：目录、取书、检查文件。", no_args_is_help=True)
+app.add_typer(corpus_app, name="corpus")
+
+Out = Annotated[Path, typer.Option("--out", help="运行目录，所有结果都在里面")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="配方文件（TOML）；不给就用默认配方或运行目录里已有的")
+]
+Minutes = Annotated[float | None, typer.Option("--minutes", help="总共训练多少分钟；模型大小和步数由此推出")]
+BookOption = Annotated[list[str] | None, typer.Option("--book", help="书：文件、目录、网址或书名，可给多次")]
+QAOption = Annotated[list[str] | None, typer.Option("--qa", help="问答文件（jsonl、json、csv），可给多次")]
+Device = Annotated[str | None, typer.Option("--device", help="auto、cpu、cuda 或 mps")]
+Encoding = Annotated[str | None, typer.Option("--encoding", help="书的文字编码，如 gb18030；不给就自动识别")]
+Simplify = Annotated[bool | None, typer.Option("--simplify/--no-simplify", help="繁体转成简体")]
+AllowBad = Annotated[bool, typer.Option("--allow-bad-lines", help="问答里用不了的行超过 1% 也继续")]
+RunArgument = Annotated[Path, typer.Argument(help="运行目录或模型目录", metavar="RUN")]
+MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="每次最多生成多少个 token")]
+Temperature = Annotated[float, typer.Option(help="温度；0 是每步取最可能的")]
+TopK = Annotated[int, typer.Option(help="只从最可能的 k 个里选；0 不限")]
+TopP = Annotated[float, typer.Option(help="只从概率之和到 p 为止的里选")]
+Penalty = Annotated[float, typer.Option(help="重复惩罚；1 是没有")]
+Seed = Annotated[int, typer.Option(help="随机种子")]
+
+
+def _open(
+    out: Path,
+    recipe: Path | None,
+    minutes: float | None = None,
+    book: list[str] | None = None,
+    qa: list[str] | None = None,
+    device: str | None = None,
+    encoding: str | None = None,
+    simplify: bool | None = None,
+    allow_bad: bool = False,
+) -> Run:
+    from miniglm.pipeline import Run
+    from miniglm.recipe import load_recipe
+
+    if minutes is not None and not 0 < minutes < 1e6:
+        raise MiniGLMError(f"--minutes 是 {minutes:g}，应大于 0", fix="例如 --minutes 10")
+    overrides: dict[str, Any] = {
+        "run.minutes": minutes,
+        "run.device": device,
+        "corpus.encoding": encoding,
+        "corpus.simplify": simplify,
+        "qa.allow_bad_lines": allow_bad or None,
+        "corpus.books": book or None,
+        "qa.train": qa or None,
+    }
+    if qa:
+        overrides["qa.validation"] = []
+    elif book:
+        overrides |= {"qa.train": [], "qa.validation": []}  # the shipped questions are about another book
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    saved = out / "recipe.toml"
+    base = recipe or (saved if saved.exists() else None)
+    return Run(out, load_recipe(base, overrides))
+
+
+@app.command()
+def prepare(
+    out: Out = Path("runs/default"),
+    recipe: RecipeFile = None,
+    book: BookOption = None,
+    qa: QAOption = None,
+    encoding: Encoding = None,
+    simplify: Simplify = None,
+    allow_bad_lines: AllowBad = False,
+) -> None:
+    """取书、清洗、分出验证部分，读问答。"""
+    from miniglm import pipeline
+
+    pipeline.prepare(_open(out, recipe, None, book, qa, None, encoding, simplify, allow_bad_lines))
+
+
+@app.command()
+def tokenize(
+    out: Out = Path("runs/default"), recipe: RecipeFile = None, book: BookOption = None, qa: QAOption = None
+) -> None:
+    """训练分词器，把文字变成 token。"""
+    from miniglm import pipeline
+
+    pipeline.tokenize(_open(out, recipe, None, book, qa))
+
+
+@app.command()
+def pretrain(
+    out: Out = Path("runs/default"),
+    recipe: RecipeFile = None,
+    minutes: Minutes = None,
+    book: BookOption = None,
+    qa: QAOption = None,
+    device: Device = None,
+) -> None:
+    """预训练：让模型学会书里的文字。没做的前几步会先做。"""
+    from miniglm import pipeline
+
+    pipeline.pretrain(_open(out, recipe, minutes, book, qa, device))
+
+
+@app.command()
+def finetune(
+    out: Out = Path("runs/default"),
+    recipe: RecipeFile = None,
+    minutes: Minutes = None,
+    book: BookOption = None,
+    qa: QAOption = None,
+    device: Device = None,
+) -> None:
+    """微调：让模型学会回答问题。没做的前几步会先做。"""
+    from miniglm import pipeline
+
+    pipeline.finetune(_open(out, recipe, minutes, book, qa, device))
+
+
+def _settings(
+    tokenizer: Any, max_new_tokens: int, temperature: float, top_k: int, top_p: float, penalty: float, seed: int
+) -> SamplingSettings:
+    from miniglm.generation import SamplingSettings
+
+    try:
+        return SamplingSettings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=penalty,
+            seed=seed,
+            stop_ids=tokenizer.stop_ids,
+        )
+    except ValueError as error:
+        raise MiniGLMError(f"采样设置不对：{error}") from None
+
+
+def _load(run: Path, device: str | None, *, pretrained: bool = False) -> Any:
+    from miniglm.checkpoint import load_model
+    from miniglm.pipeline import find_model, pick_device
+
+    return load_model(find_model(run, pretrained=pretrained), device=str(pick_device(device or "auto")))
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    start: Annotated[str, typer.Option("--start", help="开头的文字，或 FILE:文件（一行一个开头）")],
+    num_samples: Annotated[int, typer.Option(min=1, help="每个开头续写几次")] = 1,
+    max_new_tokens: MaxTokens = 300,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 100,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 1337,
+    device: Device = None,
+) -> None:
+    """续写一段文字，不重复开头。"""
+    from miniglm.chat import continue_text
+
+    if start.startswith("FILE:"):
+        path = Path(start.removeprefix("FILE:"))
+        if not path.is_file():
+            raise MiniGLMError("没有这个文件", path=path, fix="FILE: 后面写一个文本文件，一行一个开头")
+        from miniglm.corpus.reading import read_text
+
+        prompts = [line.strip() for line in read_text(path)[0].splitlines() if line.strip()]
+    else:
+        prompts = [start]
+    if not all(prompts):
+        raise MiniGLMError("--start 是空的", fix="给出开头的文字，或 FILE:文件")
+    model, tokenizer = _load(run, device, pretrained=True)
+    settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    from dataclasses import replace
+
+    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
+    each = [replace(settings, seed=seed + i) for i in range(len(repeated))]
+    for i, text in enumerate(continue_text(model, tokenizer, repeated, each)):
+        if len(repeated) > 1:
+            print(f"—— {repeated[i][:30]} ——")
+        print(text)
+
+
+@app.command()
+def ask(
+    run: RunArgument,
+    question: Annotated[str | None, typer.Argument(help="问题", metavar="问题")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="问题文件，任何一种问答格式，或一行一个问题的 txt")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="答案写到这个 jsonl；不给就打印")] = None,
+    max_new_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 1337,
+    device: Device = None,
+) -> None:
+    """问一个问题，或一个文件的问题。"""
+    if (question is None) == (file is None):
+        raise MiniGLMError(
+            "要么给一个问题，要么给 --file，不能都给或都不给", fix='例如 miniglm ask runs/demo "关羽字什么？"'
+        )
+    if question is not None and not question.strip():
+        raise MiniGLMError("问题是空的")
+    from miniglm.chat import answer_questions
+    from miniglm.qa.formats import Example, Turn, read_examples, write_jsonl
+
+    if file is not None:
+        found = read_examples(file, need_answer=False, allow_bad=True)
+        for bad in found.rejected:
+            print(f"跳过 {bad.path} 第 {bad.line} 行：{bad.reason}", file=sys.stderr)
+        questions = list(found.examples)
+    else:
+        questions = [Example(turns=(Turn(question or "", ""),))]
+    model, tokenizer = _load(run, device)
+    settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    if file is None:
+        print(answer_questions(model, tokenizer, questions, settings)[0])
+        return
+    from miniglm.ui import count_bar, say
+
+    with count_bar("回答", len(questions)) as bar:
+        answers = answer_questions(model, tokenizer, questions, settings, progress=bar)
+    rows = [
+        dict(q.extra or {"question": q.question}) | {"prediction": a} for q, a in zip(questions, answers, strict=True)
+    ]
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(out, rows)
+        say(f"{len(rows)} 个答案写到 {out}")
+    else:
+        for q, a in zip(questions, answers, strict=True):
+            print(f"问：{q.question}\n答：{a}\n")
+
+
+@app.command()
+def chat(
+    run: RunArgument,
+    max_new_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 1337,
+    device: Device = None,
+) -> None:
+    """在终端里和模型聊天。"""
+    from miniglm.chat import terminal_chat
+
+    model, tokenizer = _load(run, device)
+    settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+    terminal_chat(model, tokenizer, settings)
+
+
+@app.command()
+def demo(
+    minutes: Minutes = None,
+    out: Out = Path("runs/demo"),
+    no_chat: Annotated[bool, typer.Option("--no-chat", help="训练完不打开聊天")] = False,
+    recipe: RecipeFile = None,
+    book: BookOption = None,
+    qa: QAOption = None,
+    device: Device = None,
+    encoding: Encoding = None,
+    simplify: Simplify = None,
+    allow_bad_lines: AllowBad = False,
+) -> None:
+    """从一本书到一个会回答的模型：取书、训练、报告成绩、聊天。中断后再运行会接着做。"""
+    begun = time.monotonic()
+    from miniglm import pipeline
+    from miniglm.ui import say
+
+    run = _open(out, recipe, minutes, book, qa, device, encoding, simplify, allow_bad_lines)
+    pipeline.demo(run, begun)
+    for line in pipeline.report_lines(run):
+        print(line)
+    say(f"损失曲线 {out / 'loss.png'}，全部数字 {out / 'results.json'}，模型 {out / 'model'}")
+    if not no_chat and run.results().get("validation_questions") is not None:
+        chat(out, device=device)
+
+
+@corpus_app.command("list")
+def corpus_list() -> None:
+    """列出书目里的书。"""
+    from miniglm.corpus.catalog import CATALOG
+
+    for entry in CATALOG:
+        print(f"{entry.name:10} 《{entry.title}》  {entry.url}")
+
+
+@corpus_app.command("get")
+def corpus_get(name: Annotated[str, typer.Argument(help="书名，见 corpus list")]) -> None:
+    """把书目里的一本书取到缓存，打印它的位置。"""
+    from miniglm.corpus import catalog
+    from miniglm.ui import download_bar
+
+    entry = catalog.find(name)
+    if entry is None:
+        known = "、".join(e.name for e in catalog.CATALOG)
+        raise MiniGLMError(f"书目里没有 {name!r}", fix=f"有 {known}")
+    with download_bar(entry.title) as progress:
+        path = catalog.fetch(entry, progress=progress)
+    print(path)
+
+
+@corpus_app.command("inspect")
+def corpus_inspect(
+    files: Annotated[list[str], typer.Argument(help="文件、目录、网址或书名")],
+    encoding: Encoding = None,
+    simplify: Simplify = None,
+) -> None:
+    """检查书：编码、字数、段落、章节、清洗掉了什么、一段摘录。"""
+    from rich.console import Console
+    from rich.table import Table
+
+    from miniglm.corpus import load_books
+
+    table = Table("书", "编码", "字数", "段落", "章节", "清洗掉", "摘录")
+    for book in load_books(files, encoding=encoding, simplify=simplify):
+        removed = "\n".join(f"{rule} {what.count} 处 {what.characters} 字" for rule, what in book.removed.items())
+        excerpt = max((p.text for p in book.paragraphs[:20]), key=len)[:60]
+        table.add_row(
+            book.title,
+            book.encoding,
+            f"{book.characters:,}",
+            f"{len(book.paragraphs):,}",
+            str(len(book.chapters)),
+            removed or "无",
+            excerpt,
+        )
+    Console().print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="版本")] = False) -> None:
+    if version:
+        print(f"miniglm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: a user's fault is one line on stderr and exit code 1, a stop by the user exit code 130."""
+    for stream in (sys.stdout, sys.stderr):  # a Windows console may be set to an encoding without Chinese
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        app()
+    except MiniGLMError as error:
+        print(f"错误：{error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\n已停止。", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone (miniglm … | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        # Not imported above: only the training verbs load torch.
+        if type(error).__name__ != "Interrupted":
+            raise
+        print("已保存，再运行同一条命令就会接着做。", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The rule behind `--minutes`: from the time given, this machine's speed and the corpus to model size and batch.
+
+The measurements that the constants rest on are in docs/how-minutes-work.md; explicit settings of a recipe win.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from miniglm.errors import MiniGLMError
+from miniglm.model import ModelConfig
+from miniglm.recipe import Recipe, StageRecipe
+from miniglm.training import Stage
+
+UTILISATION = 0.6
+"""Share of the measured matrix-product speed that a training step reaches (docs/how-minutes-work.md)."""
+PARAMETERS_PER_ROOT_FLOP = 0.36
+"""Weights for a budget of C operations: this times sqrt(C), so that tokens and weights grow alike
+(Hoffmann et al. 2022, arXiv:2203.15556); the factor is measured for one novel read several times."""
+PARAMETERS_PER_CHARACTER = 20.0
+"""More weights than this for each character of the corpus only learn it by heart."""
+PRETRAIN_SHARE = 0.45
+"""Share of the training time that the novel's text gets before the questions come."""
+TEXT_SHARE = 0.125
+"""Share of the rows of a finetuning batch that go on being text of the book."""
+LADDER = ((64, 2), (96, 2), (128, 3), (192, 4), (256, 4), (320, 5), (384, 6), (512, 6), (640, 8), (768, 10), (1024, 12))
+"""Hidden size and layers to choose from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run does, all settled. Kept as plan.json in the run folder."""
+
+    model: ModelConfig
+    context: int
+    dropout: float
+    pretrain: Stage
+    finetune: Stage
+    text_share: float
+    gigaflops: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Plan:
+        """Reads what `to_json` wrote."""
+        stages = {n: Stage(**(data[n] | {"betas": tuple(data[n]["betas"])})) for n in ("pretrain", "finetune")}
+        return cls(**(data | {"model": ModelConfig(**data["model"])} | stages))
+
+
+def measure_gigaflops(device: torch.device, seconds: float = 0.5) -> float:
+    """Median speed of a matrix product of 1,024 rows and columns on `device`, in 10^9 operations a second."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
+    times: list[float] = []
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds or len(times) < 5:
+        started = time.perf_counter()
+        (a @ b).sum().item()
+        times.append(time.perf_counter() - started)
+    return 2 * 1024**3 / sorted(times)[len(times) // 2] / 1e9
+
+
+def choose_size(budget: float, characters: int, vocab_size: int) -> tuple[int, int]:
+    """Hidden size and layers for `budget` floating-point operations and a corpus of `characters`."""
+    wanted = min(PARAMETERS_PER_ROOT_FLOP * math.sqrt(budget), PARAMETERS_PER_CHARACTER * characters)
+
+    def distance(size: tuple[int, int]) -> float:
+        config = _config(*size, vocab_size=vocab_size, context=256)
+        return abs(math.log(config.num_parameters / wanted))
+
+    return min(LADDER, key=distance)
+
+
+def _config(hidden: int, layers: int, *, vocab_size: int, context: int) -> ModelConfig:
+    head_dim = 64 if hidden % 64 == 0 and hidden >= 192 else 32
+    heads = hidden // head_dim
+    return ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=math.ceil(hidden * 8 / 3 / 64) * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+        head_dim=head_dim,
+        max_position_embeddings=context,
+    )
+
+
+def plan(
+    recipe: Recipe,
+    *,
+    vocab_size: int,
+    characters: int,
+    tokens: int,
+    gigaflops: float,
+    seconds: float | None,
+    has_pairs: bool,
+) -> Plan:
+    """Settles what the recipe leaves open.
+
+    Args:
+        characters: of the corpus's training part; `tokens`: the same in tokens.
+        seconds: for both stages together; None where the recipe gives every length itself.
+
+    Raises:
+        MiniGLMError: sizes that do not fit together, or no length at all.
+    """
+    given = recipe.model
+    budget = gigaflops * 1e9 * UTILISATION * (seconds or 600.0)
+    hidden, layers = choose_size(budget, characters, vocab_size)
+    # A short corpus must still cut into a fair number of rows.
+    context = given.context or next((c for c in (256, 128, 64) if tokens >= 40 * c), 32)
+    config = _config(
+        given.hidden_size or hidden, given.num_hidden_layers or layers, vocab_size=vocab_size, context=context
+    )
+    explicit = {
+        name: value
+        for name, value in given.model_dump(exclude={"context", "dropout", "hidden_size", "num_hidden_layers"}).items()
+        if value is not None
+    }
+    if "num_attention_heads" in explicit:
+        explicit = {"num_key_value_heads": explicit["num_attention_heads"]} | explicit
+        explicit = {"head_dim": config.hidden_size // explicit["num_attention_heads"]} | explicit
+    try:
+        config = replace(config, **explicit)
+    except ValueError as error:
+        raise MiniGLMError(f"配方 [model] 的尺寸不相容：{error}") from None
+    share = PRETRAIN_SHARE if has_pairs else 1.0
+    dropout = given.dropout if given.dropout is not None else 0.0
+    return Plan(
+        model=config,
+        context=context,
+        dropout=dropout,
+        pretrain=_stage("pretrain", recipe.pretrain, recipe, None if seconds is None else seconds * share, context),
+        finetune=_stage(
+            "finetune", recipe.finetune, recipe, None if seconds is None else seconds * (1 - share), context
+        ),
+        text_share=recipe.finetune.text_share if recipe.finetune.text_share is not None else TEXT_SHARE,
+        gigaflops=round(gigaflops, 1),
+    )
+
+
+def _stage(name: str, given: StageRecipe, recipe: Recipe, seconds: float | None, context: int) -> Stage:
+    minutes = None if given.steps is not None else given.minutes if given.minutes is not None else (seconds or 0) / 60
+    if given.steps is None and not minutes:
+        raise MiniGLMError(f"配方里 {name} 既没有 steps 也没有 minutes，run.minutes 也是空的", fix="给出其中一个")
+    default = Stage(name=name, rows=max(1, 2048 // context))
+    chosen: dict[str, Any] = {
+        "rows": given.rows,
+        "micro_rows": given.micro_rows,
+        "muon": None if given.optimizer is None else given.optimizer == "muon",
+        "matrix_lr": given.matrix_lr,
+        "adam_lr": given.adam_lr,
+        "weight_decay": given.weight_decay,
+        "warmup": given.warmup,
+        "decay": given.decay,
+        "final_lr": given.final_lr,
+        "clip": given.clip,
+        "evaluate_every": given.evaluate_every,
+        "patience": given.patience,
+    }
+    betas = (
+        given.beta1 if given.beta1 is not None else default.betas[0],
+        given.beta2 if given.beta2 is not None else default.betas[1],
+    )
+    return replace(
+        default,
+        steps=given.steps,
+        minutes=minutes,
+        seed=recipe.run.seed,
+        betas=betas,
+        **{key: value for key, value in chosen.items() if value is not None},
+    )

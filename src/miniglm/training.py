@@ -1,0 +1,314 @@
+"""The one training loop: pretraining, finetuning and continued training differ only in where batches come from.
+
+The loop knows token ids, losses and time; it knows nothing of text, books or questions. A run's data state is its
+step (see dataset.Batches), so weights, optimizer, random-number state and step are all that resuming needs, and a
+resumed run of a fixed number of steps equals the undisturbed one bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from miniglm.checkpoint import (
+    atomic_write,
+    load_state,
+    optimizer_tensors,
+    restore_optimizers,
+    restore_rng,
+    rng_tensors,
+    save_state,
+)
+from miniglm.dataset import Batches
+from miniglm.errors import MiniGLMError
+from miniglm.model import GLM
+from miniglm.optimizer import build_optimizers, learning_rate_factor, set_learning_rate
+
+SAVE_EVERY_SECONDS = 60.0
+EVALUATIONS = 8
+"""Validations of a stage unless the recipe says how often; together they stay near 5 % of the time."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the state is saved and the same command goes on from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """How long and how a model is trained. Either `steps` or `minutes` ends it; rates are explained in optimizer.py."""
+
+    name: str
+    rows: int
+    steps: int | None = None
+    minutes: float | None = None
+    micro_rows: int | None = None
+    muon: bool = True
+    matrix_lr: float = 0.01
+    adam_lr: float = 0.005
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup: float = 0.02
+    decay: float = 0.7
+    final_lr: float = 0.05
+    clip: float = 1.0
+    evaluate_every: int | None = None
+    patience: int | None = None
+    seed: int = 1337
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the loop tells about itself after each step."""
+
+    step: int
+    fraction: float
+    loss: float
+    elapsed: float
+    tokens_per_second: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_left(self) -> float:
+        """Estimated from the time used so far."""
+        return self.elapsed * (1.0 - self.fraction) / self.fraction if self.fraction > 0 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a stage ended."""
+
+    steps: int
+    elapsed: float
+    tokens: int
+    best: dict[str, float]
+    stopped_early: bool
+
+
+def keep_allocations() -> None:
+    """Makes glibc keep freed memory: a step frees and asks for the same arrays, and every return to the system costs
+    a page fault for each 4 KiB when they come back. No effect elsewhere (macOS, Windows, musl)."""
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: never take an array from mmap
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: give back to the system only past 1 GiB of free top
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a question to be asked between steps, so that no update is cut in half;
+    the second one raises KeyboardInterrupt at once."""
+    asked = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 arithmetic on a GPU that has it, float32 everywhere else."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def _drop_later_metrics(path: Path, step: int) -> None:
+    """A killed run may have written numbers of steps that its last saved state does not know."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    atomic_write(path, "".join(kept))
+
+
+def train(
+    model: GLM,
+    batches: Batches,
+    stage: Stage,
+    folder: Path,
+    *,
+    evaluate: Callable[[], dict[str, float]],
+    save_best: Callable[[dict[str, float]], None],
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_evaluation: Callable[[], None] = lambda: None,
+) -> TrainResult:
+    """Trains until the stage's steps or minutes are over, from where `folder` says it was.
+
+    Args:
+        evaluate: scores of the model as it is; `score` is what is minimised.
+        save_best: called when `score` is the lowest so far.
+        on_evaluation: called after each validation, with all numbers on disk (to redraw the picture).
+
+    Raises:
+        Interrupted: the user asked to stop; the state is saved.
+        MiniGLMError: the loss is not finite eight times in a row.
+    """
+    if (stage.steps is None) == (stage.minutes is None):
+        raise ValueError("a stage ends by steps or by minutes: give exactly one")
+    keep_allocations()
+    folder.mkdir(parents=True, exist_ok=True)
+    state_path, metrics_path = folder / "state.safetensors", folder / "metrics.jsonl"
+    device = model.device
+    optimizers = build_optimizers(
+        model,
+        muon=stage.muon,
+        matrix_lr=stage.matrix_lr,
+        adam_lr=stage.adam_lr,
+        weight_decay=stage.weight_decay,
+        betas=stage.betas,
+    )
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(stage.seed)
+    step, elapsed, tokens, evaluations, since_best = 0, 0.0, 0, 0, 0
+    best: dict[str, float] = {}
+    scores: dict[str, float] = {}
+    finished = False
+    if state_path.exists():
+        tensors, meta = load_state(state_path)
+        model.load_state_dict({n.removeprefix("model::"): t for n, t in tensors.items() if n.startswith("model::")})
+        restore_optimizers(
+            optimizers,
+            {n.removeprefix("optimizer::"): t for n, t in tensors.items() if n.startswith("optimizer::")},
+            meta["optimizers"],
+        )
+        restore_rng({n.removeprefix("rng::"): t for n, t in tensors.items() if n.startswith("rng::")})
+        step, elapsed, tokens = meta["step"], meta["elapsed"], meta["tokens"]
+        evaluations, since_best, best, finished = (
+            meta["evaluations"],
+            meta["since_best"],
+            meta["best"],
+            meta["finished"],
+        )
+        scores = meta["scores"]
+    _drop_later_metrics(metrics_path, step)
+
+    def save(finished: bool = False) -> None:
+        tensors, groups = optimizer_tensors(optimizers)
+        everything = {f"optimizer::{name}": t for name, t in tensors.items()}
+        everything |= {f"model::{name}": t for name, t in model.named_parameters()}
+        everything |= {f"rng::{name}": t for name, t in rng_tensors().items()}
+        meta = {
+            "step": step,
+            "elapsed": elapsed,
+            "tokens": tokens,
+            "evaluations": evaluations,
+            "since_best": since_best,
+            "best": best,
+            "scores": scores,
+            "finished": finished,
+            "optimizers": groups,
+        }
+        save_state(state_path, everything, meta)
+
+    def fraction() -> float:
+        return step / stage.steps if stage.steps is not None else elapsed / (60.0 * (stage.minutes or 1.0))
+
+    micros = math.ceil(stage.rows / (stage.micro_rows or stage.rows))
+    bad_steps, early, last_save = 0, False, time.monotonic()
+    with stop_signal() as asked_to_stop, metrics_path.open("a", encoding="utf-8") as metrics:
+        while not finished:
+            started = time.monotonic()
+            model.train()
+            factor = learning_rate_factor(fraction(), warmup=stage.warmup, decay=stage.decay, final=stage.final_lr)
+            set_learning_rate(optimizers, factor)
+            parts = [batches.batch(step, micro, micros).to(device) for micro in range(micros)]
+            targets = sum(part.targets for part in parts)
+            total = 0.0
+            for part in parts:
+                with autocast(device):
+                    loss, _ = model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)
+                (loss / targets).backward()  # type: ignore[no-untyped-call]
+                total += loss.item() / targets
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, stage.clip))
+            usable = math.isfinite(total) and math.isfinite(norm)
+            if usable:
+                for optimizer in optimizers:
+                    optimizer.step()
+            bad_steps = 0 if usable else bad_steps + 1
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            step += 1
+            tokens += sum(part.ids.numel() for part in parts)
+            seconds = time.monotonic() - started
+            elapsed += seconds
+            row: dict[str, Any] = {
+                "step": step,
+                "tokens": tokens,
+                "elapsed": round(elapsed, 3),
+                "loss": total if math.isfinite(total) else str(total),
+                "gradient_norm": norm if math.isfinite(norm) else str(norm),
+                "lr_factor": factor,
+            }
+            if not usable:
+                row["skipped_rows"] = [name for part in parts for name in part.rows]
+            if bad_steps >= 8:
+                raise MiniGLMError(
+                    f"连续 {bad_steps} 步的损失或梯度不是有限数（损失 {total}，梯度范数 {norm}），已停止",
+                    path=metrics_path,
+                    fix=f"上次保存的状态未受影响；把配方里 {stage.name}.matrix_lr 和 {stage.name}.adam_lr 减半再运行",
+                )
+            over = fraction() >= 1.0
+            stopping = asked_to_stop()
+            due = (
+                step % stage.evaluate_every == 0
+                if stage.evaluate_every
+                else int(fraction() * EVALUATIONS + 1e-9) > evaluations
+            )
+            if over or (due and not stopping):
+                begun = time.monotonic()
+                evaluations = max(evaluations + 1, int(fraction() * EVALUATIONS + 1e-9))
+                model.eval()
+                with torch.inference_mode(), autocast(device):
+                    scores = evaluate()
+                since_best += 1
+                if not best or scores["score"] < best["score"]:
+                    best, since_best = scores | {"step": step}, 0
+                    save_best(best)
+                elapsed += time.monotonic() - begun
+                row |= {"validation": scores}
+                early = stage.patience is not None and since_best >= stage.patience
+            metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
+            metrics.flush()
+            on_progress(Progress(step, min(fraction(), 1.0), total, elapsed, tokens / max(elapsed, 1e-9), scores))
+            finished = over or early
+            if finished or stopping or "validation" in row or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+                begun = time.monotonic()
+                save(finished)
+                elapsed += time.monotonic() - begun
+                last_save = time.monotonic()
+            if "validation" in row:
+                begun = time.monotonic()
+                on_evaluation()
+                elapsed += time.monotonic() - begun
+            if stopping and not finished:
+                raise Interrupted
+    return TrainResult(step, elapsed, tokens, best, early)

@@ -1,0 +1,116 @@
+"""What the long steps show: lines, progress bars with the time left, and the picture of the losses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from miniglm.training import Progress as TrainingProgress
+
+console = Console(stderr=True, highlight=False)
+"""Everything that is not a result goes to stderr, so that results can be piped."""
+
+
+def say(text: str) -> None:
+    """One line about what is going on."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader takes them in: 45 秒, 3 分 05 秒, 2 小时 10 分."""
+    if seconds == float("inf"):
+        return "未知"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} 秒"
+    if whole < 3600:
+        return f"{whole // 60} 分 {whole % 60:02d} 秒"
+    return f"{whole // 3600} 小时 {whole % 3600 // 60:02d} 分"
+
+
+@contextmanager
+def download_bar(name: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar for bytes; gives the callback (done, total or None)."""
+    with Progress(TextColumn(name), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def count_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar for `total` things; gives the callback (done)."""
+    with Progress(
+        TextColumn(name),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        console=console,
+    ) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def training_bar(name: str, characters_per_token: float) -> Iterator[Callable[[TrainingProgress], None]]:
+    """The line of a training stage; where there is no terminal, a line at each validation instead."""
+    last_scores: dict[str, float] = {}
+
+    def describe(p: TrainingProgress) -> str:
+        score = f"{p.scores['score']:.3f}" if p.scores else "—"
+        speed = p.tokens_per_second * characters_per_token
+        return (
+            f"{name} 第 {p.step} 步 · 损失 {p.loss:.3f} · 验证 {score} 比特/字"
+            f" · {speed:,.0f} 字/秒 · 剩余 {duration(p.seconds_left)}"
+        )
+
+    if not console.is_terminal:
+
+        def line(p: TrainingProgress) -> None:
+            nonlocal last_scores
+            if p.scores != last_scores:
+                last_scores = p.scores
+                say(describe(p))
+
+        yield line
+        return
+    with Progress(TextColumn("{task.description}"), BarColumn(bar_width=20), console=console) as bar:
+        task = bar.add_task(name, total=1.0)
+        yield lambda p: bar.update(task, completed=p.fraction, description=describe(p))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, or none where there is no such file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def draw_losses(run: Path) -> None:
+    """Draws training loss (nats a token) and validation (bits a character) of both stages into RUN/loss.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    stages = [(n, read_metrics(run / n / "metrics.jsonl")) for n in ("pretrain", "finetune")]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, (name, rows) in zip(axes, stages, strict=True):
+        points = [(r["elapsed"] / 60, r["loss"]) for r in rows if isinstance(r["loss"], float)]
+        checks = [(r["elapsed"] / 60, r["validation"]["score"]) for r in rows if "validation" in r]
+        axis.set(title=name, xlabel="minutes", ylabel="training loss (nats per token)")
+        axis.grid(alpha=0.3)
+        if points:
+            axis.plot(*zip(*points, strict=True), color="#9aa7b8", linewidth=0.8, label="training loss")
+        if checks:
+            right = axis.twinx()
+            right.plot(*zip(*checks, strict=True), "o-", color="#c2410c", markersize=3, label="validation")
+            right.set_ylabel("validation (bits per character)")
+            right.annotate(f"{checks[-1][1]:.2f}", checks[-1], textcoords="offset points", xytext=(-4, 8), ha="right")
+    temporary = run / ".loss.tmp.png"
+    figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    temporary.replace(run / "loss.png")
