@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from miniglm.errors import MiniGLMError
 from miniglm.evaluation.measure import bits_per_character, key_accuracy
 from miniglm.generation import SamplingSettings
 from miniglm.model import GLM
-from miniglm.planning import Plan, measure_gigaflops, plan
+from miniglm.planning import Plan, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, write_jsonl
 from miniglm.qa.questions import normalize_question
 from miniglm.recipe import Recipe, load_recipe
@@ -43,16 +43,13 @@ from miniglm.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from miniglm.training import Interrupted, TrainResult, train
 from miniglm.ui import count_bar, download_bar, draw_losses, duration, say, training_bar
 
-MAY_CHANGE = (
-    "run.",
-    "pretrain.steps",
-    "pretrain.minutes",
-    "finetune.steps",
-    "finetune.minutes",
-    "micro_rows",
-    "evaluate_every",
+FROZEN = (
+    ("corpus/summary.json", ("corpus.", "qa.")),
+    ("tokens/meta.json", ("tokenizer.",)),
+    ("plan.json", ("model.", "pretrain.", "finetune.", "run.seed")),
 )
-"""Recipe keys that an existing run takes over anew; all others have already shaped what is on disk."""
+"""Which parts of a recipe have shaped what is on disk once a file is there: these an existing run does not change."""
+MAY_CHANGE = ("qa.allow_bad_lines", "steps", "minutes", "micro_rows", "evaluate_every", "patience")
 EVALUATION_ROWS = 32
 
 
@@ -123,10 +120,11 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _refuse_changes(path: Path, old: Recipe, new: Recipe) -> None:
     before, after = _flat(old.model_dump()), _flat(new.model_dump())
+    frozen = [part for file, parts in FROZEN if (path.parent / file).exists() for part in parts]
     changed = [
         f"{key}：{before[key]} → {after[key]}"
         for key in before
-        if before[key] != after.get(key) and not any(part in key for part in MAY_CHANGE)
+        if before[key] != after[key] and key.startswith(tuple(frozen)) and not key.endswith(MAY_CHANGE)
     ]
     if changed:
         raise MiniGLMError(
@@ -257,7 +255,7 @@ def _meta(run: Run) -> dict[str, Any]:
 
 
 def make_plan(run: Run, seconds: float | None = None) -> Plan:
-    """The run's plan: read back, with its lengths brought up to date, or made now.
+    """The run's plan: read back, or made now. Lengths that the recipe has since changed are taken over.
 
     Args:
         seconds: for both training stages; default: the recipe's minutes less a tenth for everything else.
@@ -267,17 +265,20 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     meta = _meta(run)
     if seconds is None and run.recipe.run.minutes is not None:
         seconds = 60 * run.recipe.run.minutes * 0.9
-    if path.exists():
-        return Plan.from_json(json.loads(path.read_text("utf-8")))
+    known = Plan.from_json(json.loads(path.read_text("utf-8"))) if path.exists() else None
+    if known is not None and known.recipe_lengths == lengths(run.recipe):
+        return known
     made = plan(
         run.recipe,
         vocab_size=meta["vocab_size"],
         characters=meta["train_characters"] + meta["train_answer_characters"],
         tokens=meta["train_tokens"],
-        gigaflops=measure_gigaflops(run.device),
+        gigaflops=known.gigaflops if known is not None else measure_gigaflops(run.device),
         seconds=seconds,
         has_pairs=meta["train_pairs"] > 0,
     )
+    if known is not None:  # the weights on disk keep their sizes
+        made = replace(made, model=known.model, context=known.context, dropout=known.dropout)
     atomic_write(path, json.dumps(made.to_json(), indent=2) + "\n")
     say(
         f"这台机器矩阵乘法 {made.gigaflops:,.0f} GFLOP/s（{run.device.type}）；模型 {made.model.num_hidden_layers} 层、"

@@ -43,6 +43,7 @@ class Plan:
     finetune: Stage
     text_share: float
     gigaflops: float
+    recipe_lengths: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,6 +53,13 @@ class Plan:
         """Reads what `to_json` wrote."""
         stages = {n: Stage(**(data[n] | {"betas": tuple(data[n]["betas"])})) for n in ("pretrain", "finetune")}
         return cls(**(data | {"model": ModelConfig(**data["model"])} | stages))
+
+
+def lengths(recipe: Recipe) -> dict[str, Any]:
+    """The parts of a recipe that a run may change after its plan was made."""
+    stages = {"pretrain": recipe.pretrain, "finetune": recipe.finetune}
+    names = ("steps", "minutes", "micro_rows", "evaluate_every", "patience")
+    return {"minutes": recipe.run.minutes} | {n: {k: getattr(s, k) for k in names} for n, s in stages.items()}
 
 
 def measure_gigaflops(device: torch.device, seconds: float = 0.5) -> float:
@@ -144,6 +152,7 @@ def plan(
         ),
         text_share=recipe.finetune.text_share if recipe.finetune.text_share is not None else TEXT_SHARE,
         gigaflops=round(gigaflops, 1),
+        recipe_lengths=lengths(recipe),
     )
 
 

@@ -26,7 +26,8 @@ from miniglm.errors import MiniGLMError
 if TYPE_CHECKING:
     import tiktoken
 
-# Encode on all cores. A process forked from this one has no threads to encode on: it is told so, or it would hang.
+# Encode on all cores, and say so, or `tokenizers` warns at every fork. A forked process has lost the threads for that:
+# it is told so, or it would hang.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))
@@ -239,8 +240,10 @@ class Tokenizer:
         vocabulary: dict[str, int] = hf.get_vocab(with_added_tokens=False)
         if not isinstance(hf.model, models.BPE) or not _BYTE_OF_CHARACTER.keys() <= vocabulary.keys():
             raise _not_accepted("不是字节级 BPE 分词器", path)
+        hf.model.dropout = None  # a training trick that makes encoding random
         hf.no_padding()
         hf.no_truncation()
+        # Also makes those special that are in the file as plain tokens, which text would be searched for.
         hf.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
         hf.encode_special_tokens = True  # which means: as ordinary text
 
@@ -281,7 +284,8 @@ class Tokenizer:
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            data = json.loads(text)
         except FileNotFoundError as error:
             fix = '应当是 tokenizer.json、含有它的文件夹，或者 "gpt2"'
             raise MiniGLMError("找不到分词器文件", path=file, fix=fix) from error
@@ -298,13 +302,8 @@ class Tokenizer:
             raise _not_accepted("没有 model 这一项，不是 tokenizers 的 tokenizer.json", file)
         if model.get("type", "BPE") != "BPE":
             raise _not_accepted(f"分词模型是 {model['type']}", file)
-        model["dropout"] = None  # a training trick that makes encoding random
-        added = data.get("added_tokens")
-        for token in added if isinstance(added, list) else []:
-            if isinstance(token, dict) and token.get("content") in CONTROL_TOKENS:
-                token["special"] = True  # else `encode_special_tokens` would not hold it back
         try:
-            hf = tokenizers.Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
+            hf = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise _not_accepted(f"tokenizers 打不开它（{error}）", file) from error
         return cls(hf, path=file)
@@ -466,9 +465,7 @@ class StreamingDetokenizer:
 
     def finish(self) -> str:
         """What was held back: U+FFFD if the last character is incomplete. Afterwards a new text can begin."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 def _pieces(text: str, size: int) -> Iterator[str]:

@@ -194,7 +194,13 @@ def train(
     finished = False
     if state_path.exists():
         tensors, meta = load_state(state_path)
-        model.load_state_dict({n.removeprefix("model::"): t for n, t in tensors.items() if n.startswith("model::")})
+        weights = dict(model.named_parameters())
+        saved = {n.removeprefix("model::"): t for n, t in tensors.items() if n.startswith("model::")}
+        if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in weights.items()}:
+            raise MiniGLMError("训练状态与模型的形状不符", path=state_path, fix="换一个 --out 目录重新训练")
+        with torch.no_grad():
+            for name, parameter in weights.items():
+                parameter.copy_(saved[name])
         restore_optimizers(
             optimizers,
             {n.removeprefix("optimizer::"): t for n, t in tensors.items() if n.startswith("optimizer::")},

@@ -31,8 +31,8 @@ class Split:
 
     Attributes:
         duplicates_moved: paragraphs due for validation that went to training because it holds (nearly) the same.
-        cut_by_sentence: True if there were too few paragraphs to choose from, and validation is the text's last
-            tenth instead, cut at a sentence.
+        cut_by_sentence: True if there were too few paragraphs to choose from (or all had duplicates), and
+            validation is the end of the text instead, about a tenth, cut at a sentence.
     """
 
     train: list[Paragraph]
@@ -77,19 +77,21 @@ def _last_tenth(paragraphs: Sequence[Paragraph], every: int, similarity: float, 
         middle = len(text) - max(1, int(wanted))
         parts = [(paragraph, text[:middle]), (paragraph, text[middle:])]
     start, taken = len(parts), 0
-    while start > 1 and taken < wanted:
-        start -= 1
-        taken += len(parts[start][1])
-    texts = [text for _, text in parts]
-    repeated = _repeated(texts, list(range(start, len(parts))), similarity)
-    validation = [index for index in range(start, len(parts)) if index not in repeated]
-    if not validation:
-        raise MiniGLMError("文本几乎全是重复，分不出验证部分", fix="请换一份内容不重复的文本")
-    kept = set(validation)
-    train = [index for index in range(len(parts)) if index not in kept]
-    return Split(
-        _joined([parts[i] for i in train]), _joined([parts[i] for i in validation]), already_moved + len(repeated), True
-    )
+    for share in (wanted, 2 * wanted, 5 * wanted):  # a tail that the rest repeats: go further back, to half the text
+        while start > 1 and taken < share:
+            start -= 1
+            taken += len(parts[start][1])
+        train, validation = _joined(parts[:start]), _joined(parts[start:])
+        pieces = train + validation
+        repeated = _repeated([piece.text for piece in pieces], list(range(len(train), len(pieces))), similarity)
+        if kept := set(range(len(train), len(pieces))) - repeated:
+            return Split(
+                [piece for index, piece in enumerate(pieces) if index not in kept],
+                [pieces[index] for index in sorted(kept)],
+                already_moved + len(repeated),
+                cut_by_sentence=True,
+            )
+    raise MiniGLMError("文本几乎全是重复，分不出验证部分", fix="请换一份内容不重复的文本")
 
 
 def _joined(parts: list[tuple[Paragraph, str]]) -> list[Paragraph]:

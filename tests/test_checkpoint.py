@@ -1,0 +1,155 @@
+"""What is saved comes back; what is damaged is named; what was there survives."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from miniglm import checkpoint
+from miniglm.checkpoint import RunFolder, atomic_write, load_model, load_state, save_model, save_state
+from miniglm.errors import MiniGLMError
+from miniglm.model import GLM, ModelConfig
+from miniglm.tokenizer import Tokenizer, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["滚滚长江东逝水，浪花淘尽英雄。"] * 20, vocab_size=None, corpus_characters=300)
+
+
+def made_model(tokenizer: Tokenizer, tied: bool = True) -> GLM:
+    return GLM(ModelConfig(tokenizer.vocab_size, 32, 48, 2, 2, 1, 16, 64, tie_word_embeddings=tied)).initialize(1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_folder_comes_back_and_transformers_opens_it(tmp_path: Path, tokenizer: Tokenizer, tied: bool) -> None:
+    model = made_model(tokenizer, tied).eval()
+    save_model(tmp_path / "m", model, tokenizer)
+    loaded, loaded_tokenizer = load_model(tmp_path / "m")
+    assert loaded.config == model.config
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    ids = loaded_tokenizer.encode("浪花淘尽英雄")
+    assert ids == tokenizer.encode("浪花淘尽英雄")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    with torch.inference_mode():
+        x = torch.tensor([ids])
+        torch.testing.assert_close(theirs(x).logits, loaded.logits(loaded(x)), atol=1e-4, rtol=0)
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "m").encode("浪花淘尽英雄", add_special_tokens=False)
+        == ids
+    )
+    assert sorted(theirs.generation_config.eos_token_id) == sorted(tokenizer.stop_ids)
+
+
+def test_every_missing_or_cut_file_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    folder = tmp_path / "m"
+    save_model(folder, made_model(tokenizer), tokenizer)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        whole = (folder / name).read_bytes()
+        for damaged in (whole[: len(whole) // 2], whole[: len(whole) - 2], b"", b"\x00" * 40):
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(MiniGLMError, match=name):
+                load_model(folder)
+        (folder / name).unlink()
+        with pytest.raises(MiniGLMError, match=name):
+            load_model(folder)
+        (folder / name).write_bytes(whole)
+    load_model(folder)
+    with pytest.raises(MiniGLMError, match="没有这个模型目录"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_model(tmp_path, made_model(tokenizer), tokenizer)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    for change, word in (
+        ({"num_hidden_layers": 3}, "缺少张量"),
+        ({"num_hidden_layers": 1}, "多出张量"),
+        ({"intermediate_size": 52}, "应为"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(MiniGLMError, match=word):
+            load_model(tmp_path)
+
+
+def test_a_hostile_header_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(MiniGLMError, match="safetensors"):
+        checkpoint.read_safetensors(path)
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(MiniGLMError, match="应有"):
+        checkpoint.read_safetensors(path)
+
+
+def test_state_comes_back_with_its_meta_and_its_format(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"a": torch.arange(5)}, {"step": 7, "最好": {"score": 1.5}})
+    tensors, meta = load_state(path)
+    assert tensors["a"].tolist() == [0, 1, 2, 3, 4] and meta["step"] == 7 and meta["最好"] == {"score": 1.5}
+    save_state(path, {}, {"format": 99})
+    with pytest.raises(MiniGLMError, match="99"):
+        load_state(path)
+
+
+def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
+    """A real one: a file system of 64 KiB, where the machine lets us mount it; else the system's own error, injected."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = (
+        os.name == "posix"
+        and subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
+    if not mounted:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        atomic_write(disk / "f", b"old" * 1000)
+        with pytest.raises(MiniGLMError, match="原来的内容没有动"):
+            atomic_write(disk / "f", b"new" * 100_000)
+        assert (disk / "f").read_bytes() == b"old" * 1000
+        assert [p.name for p in disk.iterdir()] == ["f"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_failing_rename_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    atomic_write(tmp_path / "f", "old")
+
+    def fail(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(MiniGLMError, match="No space left"):
+        atomic_write(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_run_folder_is_marked_and_nothing_else_is_taken_for_one(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new").create_or_open()
+    (tmp_path / "new" / ".miniglm-tmp-killed").write_text("half")
+    RunFolder(tmp_path / "new").create_or_open()
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("cat")
+    with pytest.raises(MiniGLMError, match="不是 miniGLM 的运行目录"):
+        RunFolder(tmp_path / "photos").create_or_open()
+    assert (tmp_path / "photos" / "cat.jpg").read_text() == "cat"
+    (tmp_path / "new" / "run.json").write_text('{"format": 7, "miniglm": "9.9"}')
+    with pytest.raises(MiniGLMError, match=r"7.*9\.9"):
+        RunFolder(tmp_path / "new").create_or_open()
+    with pytest.raises(MiniGLMError, match="是一个文件"):
+        RunFolder(tmp_path / "new" / "run.json").create_or_open()
