@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from miniglm.chat import ChatSession, answer_questions, continue_text, fit_prompt, messages_of, terminal_chat
 from miniglm.generation import Engine, SamplingSettings
@@ -16,7 +17,12 @@ from miniglm.tokenizer import Tokenizer, train_tokenizer
 @pytest.fixture(scope="module")
 def parts() -> tuple[GLM, Tokenizer]:
     tokenizer = train_tokenizer(["滚滚长江东逝水，浪花淘尽英雄。"] * 20, vocab_size=None, corpus_characters=300)
-    return GLM(ModelConfig(tokenizer.vocab_size, 32, 48, 1, 2, 1, 16, 128)).initialize(1).eval(), tokenizer
+    model = GLM(ModelConfig(tokenizer.vocab_size, 32, 48, 1, 2, 1, 16, 128)).initialize(1).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # as initialised, layers do nothing and an answer would hang on the last token only
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model, tokenizer
 
 
 def test_questions_are_asked_as_they_were_trained(parts: tuple[GLM, Tokenizer]) -> None:
@@ -37,6 +43,40 @@ def test_the_oldest_turns_go_first_and_a_long_question_keeps_its_end(parts: tupl
     cut = fit_prompt(tokenizer, [{"role": "user", "content": "水" * 500 + "英雄？"}], 60, 20)
     assert len(cut) == 40 and cut[:3] == tokenizer.encode_chat([{"role": "user", "content": ""}])[:3]
     assert tokenizer.decode(cut).strip().endswith("英雄？")
+
+
+@pytest.mark.parametrize("before", [["user"], ["assistant"], ["system", "user"], ["user", "assistant", "assistant"]])
+def test_the_last_question_is_never_dropped(parts: tuple[GLM, Tokenizer], before: list[str]) -> None:
+    _, tokenizer = parts
+    last = {"role": "user", "content": "浪花？"}
+    system = [{"role": "system", "content": "老"}] if before[0] == "system" else []
+    older = [{"role": role, "content": "长江" * 60} for role in before if role != "system"]
+    assert fit_prompt(tokenizer, [*system, *older, last], 60, 20) == tokenizer.encode_chat([*system, last])
+
+
+def test_a_conversation_is_answered_like_the_same_example(parts: tuple[GLM, Tokenizer]) -> None:
+    model, tokenizer = parts
+    example = Example((Turn("长江在哪", "东"), Turn("英雄呢?", "")), system="你是老人")
+    said = [
+        {"role": "system", "content": "你是老人"},
+        {"role": "user", "content": "长江在哪"},
+        {"role": "assistant", "content": "东"},
+        {"role": "user", "content": "英雄呢?"},
+    ]
+    settings = SamplingSettings(max_new_tokens=12, temperature=1.0, seed=3)
+    alone = Example((Turn("英雄呢", ""),))
+    answers = answer_questions(model, tokenizer, [example, said, alone], settings)
+    assert answers[0] == answers[1] != answers[2]
+    assert said[1]["content"] == "长江在哪"  # the caller's messages stay as they are
+
+
+def test_an_interrupted_answer_is_remembered_as_far_as_it_came(parts: tuple[GLM, Tokenizer]) -> None:
+    model, tokenizer = parts
+    session = ChatSession(model, tokenizer, SamplingSettings(max_new_tokens=30, temperature=1.0, seed=5))
+    answer = session.reply("长江")
+    first = next(answer)
+    answer.close()  # type: ignore[attr-defined]
+    assert [m["content"] for m in session.messages] == ["长江？", first]
 
 
 def test_streamed_pieces_are_the_answer(parts: tuple[GLM, Tokenizer]) -> None:

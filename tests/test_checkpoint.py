@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -15,6 +16,7 @@ from miniglm import checkpoint
 from miniglm.checkpoint import RunFolder, atomic_write, load_model, load_state, save_model, save_state
 from miniglm.errors import MiniGLMError
 from miniglm.model import GLM, ModelConfig
+from miniglm.optimizer import build_optimizers
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 
 
@@ -75,6 +77,10 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, tokenize
         ({"num_hidden_layers": 3}, "缺少张量"),
         ({"num_hidden_layers": 1}, "多出张量"),
         ({"intermediate_size": 52}, "应为"),
+        ({"num_hidden_layers": 2**24}, "缺少张量"),
+        ({"rope_parameters": "x"}, r"config\.json"),
+        ({"rms_norm_eps": 10**400}, r"config\.json"),
+        ({"hidden_size": None}, r"config\.json"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(MiniGLMError, match=word):
@@ -90,6 +96,10 @@ def test_a_hostile_header_is_refused_before_anything_is_read(tmp_path: Path) -> 
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(MiniGLMError, match="应有"):
         checkpoint.read_safetensors(path)
+    for text in (b"[" * 100_000, b"[1]", b'{"a": 1}', b'{"a": {"data_offsets": [0, Infinity]}}', b"\xff\xff"):
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        with pytest.raises(MiniGLMError, match="不是有效的 safetensors"):
+            checkpoint.read_safetensors(path)
 
 
 def test_state_comes_back_with_its_meta_and_its_format(tmp_path: Path) -> None:
@@ -102,8 +112,65 @@ def test_state_comes_back_with_its_meta_and_its_format(tmp_path: Path) -> None:
         load_state(path)
 
 
+def test_resumed_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def begin() -> tuple[GLM, list[torch.optim.Optimizer]]:
+        model = made_model(tokenizer)
+        return model, build_optimizers(
+            model, muon=True, matrix_lr=0.01, adam_lr=0.01, weight_decay=0.1, betas=(0.9, 0.95)
+        )
+
+    def steps(model: GLM, optimizers: list[torch.optim.Optimizer], count: int) -> None:
+        for _ in range(count):
+            ids = torch.randint(0, 200, (2, 12))
+            model.loss(ids, ids.roll(-1))[0].backward()  # type: ignore[no-untyped-call]
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    torch.manual_seed(3)
+    model, optimizers = begin()
+    steps(model, optimizers, 3)
+    tensors, others = checkpoint.optimizer_tensors(optimizers)
+    weights = {f"w.{name}": parameter for name, parameter in model.named_parameters()}
+    random = {f"r.{name}": state for name, state in checkpoint.rng_tensors().items()}
+    path = tmp_path / "state.safetensors"
+    save_state(path, {f"o.{name}": t for name, t in tensors.items()} | weights | random, {"others": others})
+    steps(model, optimizers, 2)
+
+    torch.manual_seed(99)
+    again, fresh = begin()
+    saved, meta = load_state(path)
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            parameter.copy_(saved[f"w.{name}"])
+    kept = {name[2:]: t for name, t in saved.items() if name.startswith("o.")}
+    checkpoint.restore_optimizers(fresh, kept, meta["others"])
+    checkpoint.restore_rng({name[2:]: t for name, t in saved.items() if name.startswith("r.")})
+    steps(again, fresh, 2)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    smaller = [torch.optim.AdamW([parameter]) for parameter in list(again.parameters())[:2]]
+    for wrong in (fresh[:1], fresh + fresh, smaller):
+        with pytest.raises(MiniGLMError, match="优化器"):
+            checkpoint.restore_optimizers(wrong, kept, meta["others"])
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everywhere, also where no small disk can be mounted: the system says that the disk is full when asked to flush."""
+    atomic_write(tmp_path / "f", "old")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(MiniGLMError, match="原来的内容没有动"):
+        atomic_write(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
 def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
-    """A real one: a file system of 64 KiB, where the machine lets us mount it; else the system's own error, injected."""
+    """A real one of 64 KiB, where the machine lets us mount it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = (
@@ -141,6 +208,7 @@ def test_a_failing_rename_leaves_the_old_content(tmp_path: Path, monkeypatch: py
 def test_a_run_folder_is_marked_and_nothing_else_is_taken_for_one(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new").create_or_open()
     (tmp_path / "new" / ".miniglm-tmp-killed").write_text("half")
+    (tmp_path / "new" / ".tokenizer_config.json.77.tmp").write_text("half")
     RunFolder(tmp_path / "new").create_or_open()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
     (tmp_path / "photos").mkdir()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from miniglm.dataset import (
     Batches,
+    Masking,
     PairRows,
     Pairs,
     TextRows,
@@ -90,7 +91,9 @@ def test_an_epoch_of_text_has_no_target_twice(size: int, context: int, seed: int
             labels = row.labels[row.labels != IGNORE]
             assert list(row.ids[2:]) == list(labels[:-1])
             seen += list(labels)
-        assert len(seen) == len(set(seen)) >= size - 2 * context
+        # One run of the corpus without a gap or an overlap; less than a stride is left at its start, and at its end two.
+        assert sorted(seen) == list(range(min(seen), min(seen) + len(seen)))
+        assert min(seen) < rows.stride and size - 1 - max(seen) < 2 * rows.stride
     again = TextRows(np.arange(size, dtype=np.uint16), context, PREFIX, seed)
     assert (again.row(rows.rows_per_epoch + 1).ids == rows.row(rows.rows_per_epoch + 1).ids).all()
 
@@ -110,16 +113,31 @@ def test_validation_pairs_are_whole(lengths: list[tuple[int, int]]) -> None:
     assert sum(b.targets for b in batches) == sum(a for _, a in lengths)
 
 
-def test_masks_are_causal_and_keep_pairs_apart() -> None:
-    batches = Batches(None, PairRows(made_pairs([(5, 6), (4, 3), (7, 9)]), 40, 0, pad_id=0), rows=1)
-    batch = batches.batch(0)
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.integers(24, 80), st.integers(0, 5))
+def test_masks_are_causal_and_join_exactly_the_tokens_of_one_pair(
+    lengths: list[tuple[int, int]], context: int, seed: int
+) -> None:
+    batch = Batches(None, PairRows(made_pairs(lengths), context, seed, pad_id=0), rows=3).batch(0)
     assert batch.mask is not None and batch.positions is not None
-    for query in range(40):
-        for key in range(40):
-            same = batch.ids[0, query] == batch.ids[0, key]
-            if batch.mask[0, 0, query, key]:
-                assert key <= query and same
-    assert batch.mask[0, 0].diagonal().all()  # no empty row of the softmax, padding included
+    ids, mask = batch.ids.numpy(), batch.mask.numpy()  # inputs of pair i are all 1000 + i, padding is 0
+    past = np.tril(np.ones((context, context), bool))
+    assert (mask[:, 0] == ((ids[:, :, None] == ids[:, None, :]) & past)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=20), st.integers(40, 80), st.data())
+def test_a_label_is_the_token_that_follows(sizes: list[int], context: int, data: st.DataObject) -> None:
+    offsets = np.cumsum([0, *sizes])
+    targets = np.concatenate([[0] * (cut := data.draw(st.integers(1, n - 1))) + [1] * (n - cut) for n in sizes])
+    rows = PairRows(Pairs(np.arange(1, offsets[-1] + 1), targets, offsets), context, 0, pad_id=0)  # no token twice
+    learnt: list[int] = []
+    for index in range(rows.rows_per_epoch):
+        row = rows.row(index)
+        is_target = row.labels != IGNORE
+        assert (row.labels[is_target] == row.ids[is_target] + 1).all()
+        learnt += row.labels[is_target].tolist()
+    assert sorted(learnt) == (np.flatnonzero(targets) + 1).tolist()
 
 
 def test_micro_batches_make_up_the_batch() -> None:
@@ -148,8 +166,25 @@ def test_arrays_come_back_and_damage_is_named(tmp_path: Path) -> None:
             read(tmp_path / name)
         with pytest.raises(MiniGLMError, match="missing"):
             read(tmp_path / "missing")
+    for offsets in ([], [0, 3, 2], [1, 2], [0, 9, 2]):
+        np.savez(tmp_path / "p.npz", ids=np.zeros(2), targets=np.zeros(2), offsets=np.array(offsets, np.int64))
+        with pytest.raises(MiniGLMError, match="前后不符"):
+            read_pairs(tmp_path / "p.npz")
 
 
 def test_a_context_longer_than_the_corpus_is_explained() -> None:
     with pytest.raises(MiniGLMError, match=r"上下文 256 .* 100 个 token"):
         TextRows(np.arange(100), 256, PREFIX, 0)
+
+
+def test_masking_hides_question_tokens_only_and_others_each_time() -> None:
+    pairs = made_pairs([(40, 10)])
+    plain = PairRows(pairs, 64, 0, pad_id=0)
+    rows = PairRows(pairs, 64, 0, pad_id=0, masking=Masking(0.3, 7, frozenset()))
+    hidden = [set(np.flatnonzero(rows.row(i).ids == 7)) for i in range(50)]
+    assert all(positions <= set(range(40)) for positions in hidden) and len({frozenset(h) for h in hidden}) > 40
+    assert 8 < sum(map(len, hidden)) / 50 < 16
+    assert all((rows.row(i).labels == plain.row(i).labels).all() for i in range(5))
+    kept = PairRows(pairs, 64, 0, pad_id=0, masking=Masking(0.9, 7, frozenset({1000})))
+    assert not (kept.row(0).ids == 7).any()
+    assert (rows.row(3).ids == PairRows(pairs, 64, 0, 0, Masking(0.3, 7, frozenset())).row(3).ids).all()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
 
-from miniglm.generation import Engine, SamplingSettings, _Sequence, sample
+from miniglm.generation import HEAD, Engine, SamplingSettings, _Sequence, sample
 from miniglm.model import GLM, ModelConfig
 
 CONTEXT = 40
+torch.set_num_threads(1)  # these matrices are too small to share
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +40,14 @@ def uncached(model: GLM, prompt: list[int], steps: int) -> list[int]:
 
 def prompts() -> list[list[int]]:
     rng = random.Random(0)
-    return [[rng.randrange(61) for _ in range(length)] for length in (1, 7, 3, 30, 12, 38)]
+    return [[rng.randrange(61) for _ in range(length)] for length in (1, 7, 3, 30, 12, 38, 40, 41, 100)]
 
 
 def test_greedy_equals_the_uncached_loop_past_the_window(model: GLM) -> None:
-    settings = SamplingSettings(max_new_tokens=90)
+    settings = SamplingSettings(max_new_tokens=60)
     made = Engine(model).generate(prompts(), settings)
     for prompt, generation in zip(prompts(), made, strict=True):
-        assert generation.ids == uncached(model, prompt, 90)
+        assert generation.ids == uncached(model, prompt, 60)
         assert generation.finish_reason == "length"
 
 
@@ -59,6 +61,21 @@ def test_a_result_does_not_depend_on_the_batch(model: GLM, temperature: float) -
     alone = [Engine(model).generate([p], s)[0] for p, s in zip(prompts(), settings, strict=True)]
     assert together == alone
     assert Engine(model).generate(prompts(), settings, batch_size=2) == together
+
+
+@pytest.mark.parametrize("context", [1, 2, 3])
+def test_the_window_slides_in_the_smallest_contexts(context: int) -> None:
+    tiny = GLM(ModelConfig(61, 32, 48, 1, 2, 1, 16, context)).initialize(1).eval()
+    [made] = Engine(tiny).generate([[1, 2, 3, 4]], SamplingSettings(max_new_tokens=7))
+    assert len(made.ids) == 7
+
+
+def test_sequences_that_end_at_different_steps_leave_the_others_alone(model: GLM) -> None:
+    """The cache is compacted in the middle, at the ends and across a sliding window."""
+    settings = [SamplingSettings(max_new_tokens=n) for n in (3, 60, 1, 9, 60, 3, 20, 50, 2)]
+    made = Engine(model).generate(prompts(), settings, batch_size=9)
+    for prompt, each, generation in zip(prompts(), settings, made, strict=True):
+        assert generation.ids == uncached(model, prompt, each.max_new_tokens)
 
 
 def test_stop_tokens_end_a_sequence_and_are_not_part_of_it(model: GLM) -> None:
@@ -104,6 +121,61 @@ def test_repetition_penalty_is_keskars() -> None:
     penalised = torch.tensor([2.0 / 1.5, 1.9, -1.5, -1.2]).softmax(0).tolist()
     settings = SamplingSettings(temperature=1.0, repetition_penalty=1.5)
     assert draws(logits, settings, 4000, seen={0, 2}) == pytest.approx(penalised, abs=0.03)
+
+
+def reference(logits: list[float], settings: SamplingSettings, uniform: float, seen: set[int]) -> int:
+    """What docs/generation.md says, one token at a time in plain Python."""
+    penalty = settings.repetition_penalty
+    penalised = [(x / penalty if x > 0 else x * penalty) if i in seen else x for i, x in enumerate(logits)]
+    order = sorted(range(len(logits)), key=lambda i: (-penalised[i], i))[: settings.top_k or None]
+    weights = [math.exp((penalised[i] - penalised[order[0]]) / settings.temperature) for i in order]
+    held, kept = 0.0, 0
+    while kept < len(order) and held < settings.top_p * sum(weights):
+        held += weights[kept]
+        kept += 1
+    point, held = uniform * sum(weights[:kept]), 0.0
+    for token, weight in zip(order[:kept], weights[:kept], strict=True):
+        held += weight
+        if held > point:
+            return token
+    return order[kept - 1]
+
+
+@pytest.mark.parametrize("size", [5, HEAD, HEAD + 1, 4 * HEAD])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0])  # from flat, where the head decides nothing, to peaked
+def test_sampling_is_the_plain_reference(size: int, spread: float) -> None:
+    rng = random.Random(size)
+    kinds = [
+        SamplingSettings(temperature=t, top_k=k, top_p=p, repetition_penalty=r, seed=seed)
+        for seed, (t, k, p, r) in enumerate(
+            (t, k, p, r)
+            for t in (0.3, 1.0)
+            for k in (0, 1, HEAD, HEAD + 3, 10**6)
+            for p in (0.05, 0.6, 1.0)
+            for r in (1.0, 1.3)
+        )
+    ]
+    rows = [[rng.gauss(0, spread) for _ in range(size)] for _ in kinds]
+    exact = torch.tensor(rows)
+    seen = [{rng.randrange(size) for _ in range(3)} for _ in kinds]
+    sequences = [_Sequence(i, s, [0], rng=random.Random(s.seed), seen=seen[i]) for i, s in enumerate(kinds)]
+    expected = [reference(exact[i].tolist(), s, random.Random(s.seed).random(), seen[i]) for i, s in enumerate(kinds)]
+    assert sample(exact.clone(), sequences) == expected
+
+
+def test_equal_logits_are_taken_by_id() -> None:
+    logits = torch.zeros(1, 4 * HEAD)  # the edge of the head lies among equals
+    for seed in range(20):
+        settings = SamplingSettings(temperature=1.0, top_k=HEAD // 2, seed=seed)
+        drawn = sample(logits.clone(), [_Sequence(0, settings, [0], rng=random.Random(seed))])
+        assert drawn == [int(random.Random(seed).random() * (HEAD // 2))]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-40, 1e300])
+def test_extreme_temperatures(temperature: float) -> None:
+    shares = draws([1.0, 3.0, 2.0, -torch.inf], SamplingSettings(temperature=temperature), 3000)
+    expected = [0, 1, 0, 0] if temperature < 1 else pytest.approx([1 / 3, 1 / 3, 1 / 3, 0], abs=0.04)
+    assert shares == expected
 
 
 @pytest.mark.parametrize(

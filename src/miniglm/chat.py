@@ -22,9 +22,17 @@ def messages_of(example: Example) -> list[Message]:
     return [*messages, {"role": "user", "content": normalize_question(example.question)}]
 
 
+def _asked(messages: Sequence[Message]) -> list[Message]:
+    """A conversation given as messages, its questions in the form that `messages_of` gives them."""
+    return [
+        {**m, "content": normalize_question(m["content"])} if m.get("role") == "user" else dict(m) for m in messages
+    ]
+
+
 def fit_prompt(tokenizer: Tokenizer, messages: Sequence[Message], context: int, room: int) -> list[int]:
-    """The prompt's tokens with `room` left for an answer: the oldest turns go first, the system message stays.
-    A question that alone is too long keeps its end."""
+    """The prompt's tokens with `room` left for an answer: the oldest turns go first, each a question with all that
+    follows it, and the last message never. The system message goes after them; a question that alone is too long keeps
+    its end."""
     system = [m for m in messages if m["role"] == "system"]
     turns = [m for m in messages if m["role"] != "system"]
     limit = max(context - room, context // 2)
@@ -33,7 +41,7 @@ def fit_prompt(tokenizer: Tokenizer, messages: Sequence[Message], context: int, 
         if len(ids) <= limit:
             return ids
         if len(turns) > 1:
-            turns = turns[2:]
+            turns = turns[next((i for i, m in enumerate(turns) if i and m["role"] == "user"), len(turns) - 1) :]
         elif system:
             system = []
         else:
@@ -44,16 +52,17 @@ def fit_prompt(tokenizer: Tokenizer, messages: Sequence[Message], context: int, 
 def answer_questions(
     model: GLM,
     tokenizer: Tokenizer,
-    questions: Sequence[Example],
+    questions: Sequence[Example | Sequence[Message]],
     settings: SamplingSettings,
     *,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One answer to the last question of each example, many at once."""
+    """One answer to the last question of each example or conversation, many at once."""
     context = model.config.max_position_embeddings
     room = min(settings.max_new_tokens, context // 2)
-    prompts = [fit_prompt(tokenizer, messages_of(q), context, room) for q in questions]
+    conversations = [messages_of(q) if isinstance(q, Example) else _asked(q) for q in questions]
+    prompts = [fit_prompt(tokenizer, messages, context, room) for messages in conversations]
     made = Engine(model).generate(prompts, settings, batch_size=batch_size, progress=progress)
     return [tokenizer.decode(g.ids).strip() for g in made]
 
@@ -122,9 +131,9 @@ def terminal_chat(
             session.clear()
             write("已忘掉前面的对话。\n")
         elif question:
-            write("答：")
             answer = session.reply(question)
             try:
+                write("答：")
                 for piece in answer:
                     write(piece)
             except KeyboardInterrupt:

@@ -30,6 +30,7 @@ FORMAT = 1
 MAX_HEADER = 100 * 2**20
 """safetensors' own bound on its header, bytes."""
 _TEMPORARY = ".miniglm-tmp-"
+_TOKENIZER_TEMPORARY = ".tokenizer*.json.*.tmp"  # Tokenizer.save makes its own
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
@@ -61,8 +62,9 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 def clean_temporaries(folder: Path) -> None:
     """Removes what a killed process left half written."""
-    for path in folder.rglob(f"{_TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+    for pattern in (f"{_TEMPORARY}*", _TOKENIZER_TEMPORARY):
+        for path in folder.rglob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def save_model(folder: Path, model: GLM, tokenizer: Tokenizer) -> None:
@@ -91,7 +93,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise MiniGLMError("缺少这个文件", path=path, fix="这个目录不完整，请重新训练或复制完整的目录") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MiniGLMError(
             f"读不了，应为 JSON（{error}）", path=path, fix="文件损坏，请重新训练或复制完整的目录"
         ) from None
@@ -124,7 +126,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return safetensors.torch.load_file(path), metadata
     except FileNotFoundError:
         raise MiniGLMError("缺少这个文件", path=path, fix="这个目录不完整，请重新训练或复制完整的目录") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, safetensors.SafetensorError) as error:
+    except (OSError, LookupError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
+        raise MiniGLMError(f"不是有效的 safetensors 文件（{error}）", path=path, fix=broken) from None
+    except (ValueError, OverflowError) as error:  # the header: not JSON, or numbers that are none
         raise MiniGLMError(f"不是有效的 safetensors 文件（{error}）", path=path, fix=broken) from None
 
 
@@ -138,13 +142,16 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[GLM, Tokenizer]:
         raise MiniGLMError("没有这个模型目录", path=folder)
     try:
         config = ModelConfig.from_hf(_read_json(folder / "config.json"))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise MiniGLMError(f"不是能用的 GLM 配置：{error}", path=folder / "config.json") from None
     weights = folder / "model.safetensors"
     tensors, _ = read_safetensors(weights)
     tokenizer = Tokenizer.load(folder)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    if config.num_hidden_layers > len(tensors):  # before millions of layers are built only to be compared
+        found = f"缺少张量：config.json 有 {config.num_hidden_layers} 层，这里只有 {len(tensors)} 个张量"
+        raise MiniGLMError(found, path=weights, fix="权重与 config.json 不符")
     with torch.device("meta"):
         model = GLM(config)
     expected = {
@@ -154,10 +161,8 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[GLM, Tokenizer]:
         if name not in tensors:
             raise MiniGLMError(f"缺少张量 {name}，应为 {tuple(shape)}", path=weights, fix="权重与 config.json 不符")
         if tensors[name].shape != shape:
-            found = tuple(tensors[name].shape)
-            raise MiniGLMError(
-                f"张量 {name} 是 {found}，应为 {tuple(shape)}", path=weights, fix="权重与 config.json 不符"
-            )
+            shapes = f"是 {tuple(tensors[name].shape)}，应为 {tuple(shape)}"
+            raise MiniGLMError(f"张量 {name} {shapes}", path=weights, fix="权重与 config.json 不符")
     if extra := sorted(set(tensors) - set(expected)):
         raise MiniGLMError(f"多出张量 {extra[0]} 等 {len(extra)} 个", path=weights, fix="权重与 config.json 不符")
     if tokenizer.vocab_size > config.vocab_size:
@@ -216,7 +221,16 @@ def optimizer_tensors(optimizers: Sequence[Optimizer]) -> tuple[dict[str, Tensor
 
 
 def restore_optimizers(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], others: Sequence[Any]) -> None:
-    """Puts back what `optimizer_tensors` took. Rates and other settings stay as the optimizers were built with."""
+    """Puts back what `optimizer_tensors` took. Rates and other settings stay as the optimizers were built with.
+
+    Raises:
+        MiniGLMError: it is the state of other optimizers.
+    """
+    sizes = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
+    if len(others) != len(sizes) or any(int(key.split("/")[1]) >= sizes[int(key.split("/")[0])] for key in tensors):
+        raise MiniGLMError(
+            f"训练状态里的优化器（{len(others)} 个）与现在的（{len(sizes)} 个）不符", fix="换一个 --out 目录重新训练"
+        )
     for number, optimizer in enumerate(optimizers):
         state: dict[int, dict[str, Any]] = {}
         for key, tensor in tensors.items():

@@ -132,7 +132,9 @@ def read_pairs(path: Path) -> Pairs:
             pairs = Pairs(data["ids"], data["targets"], data["offsets"])
     except Exception as error:  # zipfile, zlib, numpy and the system each raise their own
         raise MiniGLMError(f"问答的 token 文件缺失或损坏（{error}）", path=path, fix="删去 tokens/ 再运行") from None
-    if len(pairs.ids) != len(pairs.targets) or pairs.offsets[-1] != len(pairs.ids):
+    offsets = pairs.offsets
+    whole = len(offsets) > 0 and offsets[0] == 0 and offsets[-1] == len(pairs.ids) == len(pairs.targets)
+    if not whole or (np.diff(offsets) < 0).any():
         raise MiniGLMError("问答的 token 文件前后不符", path=path, fix="删去 tokens/ 再运行")
     return pairs
 
@@ -210,11 +212,21 @@ def pack(lengths: Sequence[int], context: int) -> list[list[int]]:
     return rows + [pairs for _, pairs in open_rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """Hides a share of each question's tokens, others each time it comes, so that a model learns to know a question by
+    any part of it and not by its first words. `keep` are tokens that are never hidden: the control tokens."""
+
+    share: float
+    mask_id: int
+    keep: frozenset[int]
+
+
 class PairRows:
     """Rows of packed question-answer pairs. Every epoch shuffles and packs anew; within one each pair comes once."""
 
-    def __init__(self, pairs: Pairs, context: int, seed: int, pad_id: int) -> None:
-        self.context, self.seed, self.pad_id = context, seed, pad_id
+    def __init__(self, pairs: Pairs, context: int, seed: int, pad_id: int, masking: Masking | None = None) -> None:
+        self.context, self.seed, self.pad_id, self.masking = context, seed, pad_id, masking
         fitted = [fit_pair(*pairs[i], context) for i in range(len(pairs))]
         self.pairs = [(ids.astype(np.int64), targets) for ids, targets, _ in fitted]
         self.truncated = sum(cut for _, _, cut in fitted)
@@ -242,7 +254,17 @@ class PairRows:
 
     def row(self, index: int) -> Row:
         """Row `index`: its pairs one after another, each at positions from 0, padded at the end."""
-        return pair_row([self.pairs[i] for i in self.members(index)], self.context, self.pad_id)
+        pairs = [self.pairs[i] for i in self.members(index)]
+        if self.masking is not None and self.masking.share > 0:
+            rng = np.random.default_rng((self.seed, index, 2))
+            pairs = [(self._masked(ids, targets, self.masking, rng), targets) for ids, targets in pairs]
+        return pair_row(pairs, self.context, self.pad_id)
+
+    @staticmethod
+    def _masked(ids: NDArray[Any], targets: NDArray[Any], masking: Masking, rng: np.random.Generator) -> NDArray[Any]:
+        hidden = (rng.random(len(ids)) < masking.share) & (targets == 0) & ~np.isin(ids, list(masking.keep))
+        masked: NDArray[Any] = np.where(hidden, masking.mask_id, ids)
+        return masked
 
 
 def pair_row(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]], context: int, pad_id: int) -> Row:

@@ -22,6 +22,7 @@ from miniglm.checkpoint import RunFolder, atomic_write, load_model, save_model
 from miniglm.corpus import Paragraph, load_books, read_paragraphs, split, write_corpus
 from miniglm.dataset import (
     Batches,
+    Masking,
     PairRows,
     TextRows,
     read_pairs,
@@ -94,7 +95,13 @@ class Run:
         self.recipe = recipe
         atomic_write(saved, recipe.to_toml())
         self.device = pick_device(recipe.run.device)
-        self.opened = time.monotonic()
+        self.said: set[str] = set()
+
+    def skip(self, stage: str) -> None:
+        """Says once that a stage is done already, unless this very process did it."""
+        if stage not in self.said:
+            self.said.add(stage)
+            say(f"{stage}已完成，跳过")
 
     def note(self, **facts: Any) -> None:
         """Adds facts to results.json."""
@@ -138,7 +145,7 @@ def prepare(run: Run) -> None:
     """Books and question-answer sets in, clean text and examples out: RUN/corpus and RUN/qa."""
     corpus, qa = run.path / "corpus", run.path / "qa"
     if (corpus / "summary.json").exists() and (qa / "summary.json").exists():
-        say("语料和问答已准备好，跳过")
+        run.skip("语料和问答")
         return
     begun = time.monotonic()
     given = run.recipe.corpus
@@ -172,6 +179,7 @@ def prepare(run: Run) -> None:
     write_corpus(books, parts, corpus)
     atomic_write(qa / "summary.json", json.dumps(counts, ensure_ascii=False, indent=2) + "\n")
     run.note_stage("prepare", time.monotonic() - begun)
+    run.said.add("语料和问答")
     say(
         f"训练 {len(parts.train):,} 段、验证 {len(parts.validation):,} 段（{parts.duplicates_moved} 段因与训练部分重复移回训练）；"
         f"问答 训练 {len(sets['train']):,} 条、验证 {len(sets['validation']):,} 条"
@@ -210,7 +218,7 @@ def tokenize(run: Run) -> None:
     prepare(run)
     tokens = run.path / "tokens"
     if (tokens / "meta.json").exists():
-        say("分词已完成，跳过")
+        run.skip("分词")
         return
     begun = time.monotonic()
     text = {name: read_paragraphs(run.path / "corpus" / f"{name}.jsonl") for name in ("train", "validation")}
@@ -245,6 +253,7 @@ def tokenize(run: Run) -> None:
         meta[f"{name}_answer_characters"] = sum(len(turn.answer) for e in pairs[name] for turn in e.turns)
     atomic_write(tokens / "meta.json", json.dumps(meta, indent=2) + "\n")
     run.note_stage("tokenize", time.monotonic() - begun)
+    run.said.add("分词")
     per_character = meta["validation_tokens"] / max(1, meta["validation_characters"])
     say(f"词表 {tokenizer.vocab_size:,}，每字 {per_character:.2f} 个 token，训练部分 {meta['train_tokens']:,} 个 token")
 
@@ -312,6 +321,7 @@ def _train(
     atomic_write(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
     draw_losses(run.path)
     run.note_stage(name, result.elapsed)
+    run.said.add(title)
     say(
         f"{title}完成：{result.steps} 步，最好的验证 {result.best['score']:.3f} 比特/字，用时 {duration(time.monotonic() - begun)}"
     )
@@ -322,7 +332,7 @@ def pretrain(run: Run, seconds: float | None = None) -> None:
     """Teaches the book's text to a new model: RUN/pretrain."""
     made = make_plan(run, seconds)
     if (run.path / "pretrain" / "done.json").exists():
-        say("预训练已完成，跳过")
+        run.skip("预训练")
         return
     tokenizer = Tokenizer.load(run.path / "tokenizer")
     model = GLM(made.model, made.dropout).initialize(run.recipe.run.seed).to(run.device)
@@ -348,7 +358,7 @@ def finetune(run: Run, seconds: float | None = None) -> None:
     """Teaches questions and answers to the pretrained model: RUN/finetune, and the finished model in RUN/model."""
     pretrain(run, seconds)
     if (run.path / "model" / "model.safetensors").exists() and (run.path / "finetune" / "done.json").exists():
-        say("微调已完成，跳过")
+        run.skip("微调")
         return
     made = make_plan(run)
     if _meta(run)["train_pairs"] == 0:
@@ -359,7 +369,8 @@ def finetune(run: Run, seconds: float | None = None) -> None:
     model, tokenizer = load_model(run.path / "pretrain" / "model", device=str(run.device))
     model.dropout = made.dropout
     tokens, seed = run.path / "tokens", run.recipe.run.seed + 1
-    pairs = PairRows(read_pairs(tokens / "pairs_train.npz"), made.context, seed, tokenizer.end_of_text)
+    masking = Masking(made.question_masking, tokenizer.mask, tokenizer.control_ids)
+    pairs = PairRows(read_pairs(tokens / "pairs_train.npz"), made.context, seed, tokenizer.end_of_text, masking)
     if pairs.truncated:
         say(f"{pairs.truncated} 条问答长于上下文 {made.context}，答案的末尾被截去")
     share = made.text_share

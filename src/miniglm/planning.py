@@ -28,6 +28,8 @@ PRETRAIN_SHARE = 0.45
 """Share of the training time that the novel's text gets before the questions come."""
 TEXT_SHARE = 0.125
 """Share of the rows of a finetuning batch that go on being text of the book."""
+QUESTION_MASKING = 0.15
+"""Share of a training question's tokens that are hidden behind [MASK]."""
 LADDER = ((64, 2), (96, 2), (128, 3), (192, 4), (256, 4), (320, 5), (384, 6), (512, 6), (640, 8), (768, 10), (1024, 12))
 """Hidden size and layers to choose from."""
 
@@ -42,6 +44,7 @@ class Plan:
     pretrain: Stage
     finetune: Stage
     text_share: float
+    question_masking: float
     gigaflops: float
     recipe_lengths: dict[str, Any]
 
@@ -62,8 +65,9 @@ def lengths(recipe: Recipe) -> dict[str, Any]:
     return {"minutes": recipe.run.minutes} | {n: {k: getattr(s, k) for k in names} for n, s in stages.items()}
 
 
-def measure_gigaflops(device: torch.device, seconds: float = 0.5) -> float:
-    """Median speed of a matrix product of 1,024 rows and columns on `device`, in 10^9 operations a second."""
+def measure_gigaflops(device: torch.device, seconds: float = 1.0) -> float:
+    """Best speed of a matrix product of 1,024 rows and columns on `device`, in 10^9 operations a second. The best, not
+    the median: another program that happens to run just now must not decide how large the model is."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
     times: list[float] = []
@@ -72,7 +76,7 @@ def measure_gigaflops(device: torch.device, seconds: float = 0.5) -> float:
         started = time.perf_counter()
         (a @ b).sum().item()
         times.append(time.perf_counter() - started)
-    return 2 * 1024**3 / sorted(times)[len(times) // 2] / 1e9
+    return 2 * 1024**3 / min(times) / 1e9
 
 
 def choose_size(budget: float, characters: int, vocab_size: int) -> tuple[int, int]:
@@ -151,6 +155,9 @@ def plan(
             "finetune", recipe.finetune, recipe, None if seconds is None else seconds * (1 - share), context
         ),
         text_share=recipe.finetune.text_share if recipe.finetune.text_share is not None else TEXT_SHARE,
+        question_masking=QUESTION_MASKING
+        if recipe.finetune.question_masking is None
+        else recipe.finetune.question_masking,
         gigaflops=round(gigaflops, 1),
         recipe_lengths=lengths(recipe),
     )

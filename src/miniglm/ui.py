@@ -103,12 +103,13 @@ def draw_losses(run: Path) -> None:
         checks = [(r["elapsed"] / 60, r["validation"]["score"]) for r in rows if "validation" in r]
         axis.set(title=name, xlabel="minutes", ylabel="training loss (nats per token)")
         axis.grid(alpha=0.3)
+        axis.yaxis.label.set_color("#66758a")
         if points:
             axis.plot(*zip(*points, strict=True), color="#9aa7b8", linewidth=0.8, label="training loss")
         if checks:
             right = axis.twinx()
             right.plot(*zip(*checks, strict=True), "o-", color="#c2410c", markersize=3, label="validation")
-            right.set_ylabel("validation (bits per character)")
+            right.set_ylabel("validation (bits per character)", color="#c2410c")
             right.annotate(f"{checks[-1][1]:.2f}", checks[-1], textcoords="offset points", xytext=(-4, 8), ha="right")
     temporary = run / ".loss.tmp.png"
     figure.savefig(temporary, dpi=110)

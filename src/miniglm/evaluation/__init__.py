@@ -1,0 +1,1 @@
+"""Scores of answers and of models. Knows nothing of how a model is trained or asked."""

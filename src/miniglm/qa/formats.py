@@ -11,7 +11,6 @@ import csv
 import io
 import json
 import os
-import tempfile
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -143,18 +142,20 @@ def _alpaca(row: _Row, need_answer: bool) -> _Conversation:
     return _text(row, "system", required=False), turns
 
 
-def _content(message: _Row, name: str) -> str:
+def _content(message: _Row, name: str, *, required: bool = True) -> str:
     """A message's text, which OpenAI also writes as a list of parts."""
     parts = message.get(name)
     if not isinstance(parts, list):
-        return _text(message, name)
+        return _text(message, name, required=required)
     texts = []
     for part in parts:
         if not isinstance(part, dict) or part.get("type") != "text":
             found = part.get("type") if isinstance(part, dict) else _kind(part)
             raise _BadLineError(f"{name} 里只能有 text 部分，却有 {found}")
-        texts.append(_text(part, "text"))
-    return _text({name: "".join(texts)}, name)
+        if not isinstance(part.get("text"), str):
+            raise _BadLineError(f"{name} 里 text 部分的 text 应是字符串，却是{_kind(part.get('text'))}")
+        texts.append(part["text"])
+    return _text({name: "".join(texts)}, name, required=required)
 
 
 def _dialogue(key: str, role_key: str, text_key: str) -> Callable[[_Row, bool], _Conversation]:
@@ -173,11 +174,7 @@ def _dialogue(key: str, role_key: str, text_key: str) -> Callable[[_Row, bool], 
             name = message.get(role_key)
             role = roles.get(name, name) if isinstance(name, str) else None
             if role == "system" and number == 1:
-                system = (
-                    _text(message, text_key, required=False)
-                    if message.get(text_key) == ""
-                    else _content(message, text_key)
-                )
+                system = _content(message, text_key, required=False)
                 continue
             expected = "assistant" if len(spoken) % 2 else "user"
             if role != expected:
@@ -260,7 +257,8 @@ def _json_lines(data: bytes) -> Iterator[_Record]:
         try:
             yield number, _checked(json.loads(text))
         except json.JSONDecodeError as error:
-            yield number, f"JSON 在第 {error.colno} 个字符处不合语法（{error.msg}）"
+            rest = text[error.pos : error.pos + 12]
+            yield number, f"JSON 在第 {error.colno} 个字符处不合语法：{f'那里是 {rest}' if rest else '没有写完'}"
         except (ValueError, RecursionError):  # a number of thousands of digits, thousands of brackets
             yield number, "JSON 里有过长的数字或过深的嵌套"
 
@@ -281,10 +279,12 @@ def _json_array(path: Path, text: str) -> Iterator[_Record]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            where = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "过长的数字或过深的嵌套"
+            where, reason = line, "有过长的数字或过深的嵌套"
+            if isinstance(error, json.JSONDecodeError):
+                rest = text[error.pos : error.pos + 12].split("\n")[0]
+                where, reason = error.lineno, f"那里是 {rest}" if rest else "没有写完"
             raise MiniGLMError(
-                f"JSON 数组在这里不合语法（{reason}）",
+                f"JSON 数组不合语法：{reason}",
                 path=path,
                 line=where,
                 fix="改正后再读，或改成每行一个对象的 .jsonl",
@@ -298,15 +298,18 @@ def _json_array(path: Path, text: str) -> Iterator[_Record]:
             raise MiniGLMError(
                 "JSON 数组没有写完，应是逗号或 ]", path=path, line=line, fix="文件可能被截断，请重新取得"
             )
+    if text[at + 1 :].strip():
+        line += text.count("\n", counted, at)
+        raise MiniGLMError(
+            "JSON 数组在这里结束，后面却还有内容", path=path, line=line, fix="整个文件应是一个数组，或每行一个对象"
+        )
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[_Record]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
-    end = 0  # the last line of the row before; a row may span several
     while True:
-        line, end = end + 1, reader.line_num
-        line = end + 1
+        line = reader.line_num + 1  # of a row that spans several, the first
         try:
             row = next(reader)
         except StopIteration:
@@ -451,24 +454,19 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, object]]) -> None:
         MiniGLMError: the file cannot be written; whatever stood there before still does.
     """
     path = Path(path)
-    temporary: Path | None = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("wb") as file:
             for row in rows:
                 try:
                     line = json.dumps(row, ensure_ascii=False).encode("utf-8")
                 except UnicodeEncodeError:  # a lone surrogate, which UTF-8 has no bytes for
                     line = json.dumps(row).encode("ascii")
                 file.write(line + b"\n")
-        # Temporary files are private (0600); the result should be as readable as any file the user makes.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
     except OSError as error:
-        raise MiniGLMError(f"写不进去：{error.strerror}", path=path) from error
+        raise MiniGLMError(f"写不进去：{error.strerror}", path=path, fix="请看磁盘是否已满、文件夹能否写入") from error
     finally:
-        if temporary is not None:
+        with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -1,0 +1,37 @@
+"""Forms of a text in which two texts are compared. Knows nothing of questions, keys or scores."""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from typing import Any
+
+
+@functools.cache
+def _converter() -> Any:
+    import opencc
+
+    return opencc.OpenCC("t2s")
+
+
+class _Simplified(dict[int, str]):
+    """Traditional to simplified for `str.translate`, one character at a time: a piece of a text must become the same
+    wherever it stands (given words, opencc keeps 乾 in 乾坤 and makes it 干 elsewhere)."""
+
+    def __missing__(self, code: int) -> str:
+        char = chr(code)
+        self[code] = str(_converter().convert(char)) if code > 0x33FF and not 0xD800 <= code < 0xE000 else char
+        return self[code]
+
+
+_SIMPLIFIED = _Simplified()
+
+
+def fold(text: str) -> str:
+    """Full width, traditional characters and capitals brought to one form, white space removed."""
+    return "".join(unicodedata.normalize("NFKC", text).translate(_SIMPLIFIED).casefold().split())
+
+
+def bare(text: str) -> str:
+    """The folded text without punctuation and control characters; what is left where only these differ is equal."""
+    return "".join(char for char in fold(text) if unicodedata.category(char)[0] not in "PZC")
