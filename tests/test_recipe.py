@@ -28,7 +28,7 @@ def test_every_commented_setting_of_the_default_recipe_is_valid(tmp_path: Path) 
     lines = shipped("recipes", "sanguo.toml").read_text(encoding="utf-8").splitlines()
     settings = [line.removeprefix("# ") if line.startswith("# ") and " = " in line else line for line in lines]
     recipe = load_recipe(write(tmp_path, "\n".join(settings)))
-    assert recipe.model.hidden_size == 256 and recipe.finetune.text_share == 0.25
+    assert recipe.model.hidden_size == 256 and recipe.finetune.text_share == 0.125
 
 
 @pytest.mark.parametrize("name", ["tiny", "reference"])
