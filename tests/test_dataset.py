@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from miniglm.dataset import (
     Batches,
-    Masking,
     PairRows,
     Pairs,
     TextRows,
@@ -175,16 +174,3 @@ def test_arrays_come_back_and_damage_is_named(tmp_path: Path) -> None:
 def test_a_context_longer_than_the_corpus_is_explained() -> None:
     with pytest.raises(MiniGLMError, match=r"上下文 256 .* 100 个 token"):
         TextRows(np.arange(100), 256, PREFIX, 0)
-
-
-def test_masking_hides_question_tokens_only_and_others_each_time() -> None:
-    pairs = made_pairs([(40, 10)])
-    plain = PairRows(pairs, 64, 0, pad_id=0)
-    rows = PairRows(pairs, 64, 0, pad_id=0, masking=Masking(0.3, 7, frozenset()))
-    hidden = [set(np.flatnonzero(rows.row(i).ids == 7)) for i in range(50)]
-    assert all(positions <= set(range(40)) for positions in hidden) and len({frozenset(h) for h in hidden}) > 40
-    assert 8 < sum(map(len, hidden)) / 50 < 16
-    assert all((rows.row(i).labels == plain.row(i).labels).all() for i in range(5))
-    kept = PairRows(pairs, 64, 0, pad_id=0, masking=Masking(0.9, 7, frozenset({1000})))
-    assert not (kept.row(0).ids == 7).any()
-    assert (rows.row(3).ids == PairRows(pairs, 64, 0, 0, Masking(0.3, 7, frozenset())).row(3).ids).all()

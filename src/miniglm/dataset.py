@@ -212,21 +212,11 @@ def pack(lengths: Sequence[int], context: int) -> list[list[int]]:
     return rows + [pairs for _, pairs in open_rows]
 
 
-@dataclass(frozen=True, slots=True)
-class Masking:
-    """Hides a share of each question's tokens, others each time it comes, so that a model learns to know a question by
-    any part of it and not by its first words. `keep` are tokens that are never hidden: the control tokens."""
-
-    share: float
-    mask_id: int
-    keep: frozenset[int]
-
-
 class PairRows:
     """Rows of packed question-answer pairs. Every epoch shuffles and packs anew; within one each pair comes once."""
 
-    def __init__(self, pairs: Pairs, context: int, seed: int, pad_id: int, masking: Masking | None = None) -> None:
-        self.context, self.seed, self.pad_id, self.masking = context, seed, pad_id, masking
+    def __init__(self, pairs: Pairs, context: int, seed: int, pad_id: int) -> None:
+        self.context, self.seed, self.pad_id = context, seed, pad_id
         fitted = [fit_pair(*pairs[i], context) for i in range(len(pairs))]
         self.pairs = [(ids.astype(np.int64), targets) for ids, targets, _ in fitted]
         self.truncated = sum(cut for _, _, cut in fitted)
@@ -254,17 +244,7 @@ class PairRows:
 
     def row(self, index: int) -> Row:
         """Row `index`: its pairs one after another, each at positions from 0, padded at the end."""
-        pairs = [self.pairs[i] for i in self.members(index)]
-        if self.masking is not None and self.masking.share > 0:
-            rng = np.random.default_rng((self.seed, index, 2))
-            pairs = [(self._masked(ids, targets, self.masking, rng), targets) for ids, targets in pairs]
-        return pair_row(pairs, self.context, self.pad_id)
-
-    @staticmethod
-    def _masked(ids: NDArray[Any], targets: NDArray[Any], masking: Masking, rng: np.random.Generator) -> NDArray[Any]:
-        hidden = (rng.random(len(ids)) < masking.share) & (targets == 0) & ~np.isin(ids, list(masking.keep))
-        masked: NDArray[Any] = np.where(hidden, masking.mask_id, ids)
-        return masked
+        return pair_row([self.pairs[i] for i in self.members(index)], self.context, self.pad_id)
 
 
 def pair_row(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]], context: int, pad_id: int) -> Row:

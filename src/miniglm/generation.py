@@ -15,10 +15,6 @@ from torch import Tensor
 
 from miniglm.model import GLM, KVCache
 
-HEAD = 128
-"""So many of a row's most probable tokens nearly always decide a draw; sorting a whole vocabulary costs seven times
-as much."""
-
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
@@ -206,63 +202,28 @@ def sample(logits: Tensor, sequences: Sequence[_Sequence]) -> list[int]:
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     drawn = [row for row, s in enumerate(sequences) if s.settings.temperature > 0]
     if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
-        chosen = _draw(
-            logits[rows], [sequences[row].settings for row in drawn], [sequences[row].rng.random() for row in drawn]
+        settings = [sequences[row].settings for row in drawn]
+        # float64: a row's result must not hang on how the sums of a batch are rounded
+        temperature, top_p, uniform = (
+            torch.tensor(values, device=logits.device, dtype=torch.float64)[:, None]
+            for values in (
+                [s.temperature for s in settings],
+                [s.top_p for s in settings],
+                [sequences[row].rng.random() for row in drawn],
+            )
         )
-        for row, token in zip(drawn, chosen, strict=True):
+        top_k = torch.tensor([s.top_k or logits.shape[-1] for s in settings], device=logits.device)
+        ordered, order = logits[drawn].sort(dim=-1, descending=True, stable=True)
+        # The peak goes off first, so that no temperature, however small, overflows.
+        scaled = (ordered.double() - ordered[:, :1]) / temperature
+        scaled[torch.arange(logits.shape[-1], device=logits.device) >= top_k[:, None]] = -torch.inf
+        probabilities = scaled.softmax(dim=-1)
+        # A token stays if those before it do not yet hold top_p: the first always stays.
+        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0.0
+        cumulative = probabilities.cumsum(-1)
+        places = (cumulative <= uniform * cumulative[:, -1:]).sum(-1)
+        # Rounding may point past the last token that has any probability.
+        places = places.minimum((probabilities > 0).sum(-1) - 1)
+        for row, token in zip(drawn, order.gather(1, places[:, None]).squeeze(1).tolist(), strict=True):
             tokens[row] = token
     return tokens
-
-
-def _draw(logits: Tensor, settings: Sequence[SamplingSettings], uniform: Sequence[float]) -> list[int]:
-    """Inverse CDF at `uniform` of each row of `logits`, (batch, V), tokens in falling order of probability and equal
-    ones by id. Looks at the first `HEAD` of that order, and sorts only those rows whole that they do not decide.
-
-    In float64: a row's result must not hang on how sums are rounded.
-    """
-    device, size = logits.device, logits.shape[1]
-    temperature, top_p, point = (
-        torch.tensor(values, device=device, dtype=torch.float64)[:, None]
-        for values in ([s.temperature for s in settings], [s.top_p for s in settings], uniform)
-    )
-    top_k = torch.tensor([min(s.top_k, size) or size for s in settings], device=device)[:, None]
-    # The peak goes off first: its weight is exp(0) whatever the temperature, and no weight overflows.
-    weights = ((logits.double() - logits.amax(1, keepdim=True)) / temperature).exp()
-    total = weights.sum(1, keepdim=True)
-
-    def pick(rows: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens of `rows`, given the first `width` tokens of their order, and whether those decide."""
-        width, k, p = order.shape[1], top_k[rows], top_p[rows]
-        weight = weights[rows].gather(1, order)
-        cumulative = weight.cumsum(1)
-        within = k <= width
-        mass = torch.where(within, cumulative.gather(1, k.clamp(max=width) - 1), total[rows])
-        # A token stays if those before it do not yet hold top_p: the first always stays.
-        stays = (cumulative - weight < p * mass) & (torch.arange(width, device=device) < k) & (weight > 0)
-        count = stays.sum(1, keepdim=True)
-        ends = within | (count < width)
-        target = point[rows] * torch.where(ends, cumulative.gather(1, count - 1), mass)
-        place = (cumulative <= target).sum(1, keepdim=True)
-        decided = within | (k == size) & ((count < width) | (p == 1.0) & (place < width))
-        # Rounding may point past the last token that stays.
-        return order.gather(1, place.minimum(count - 1)).squeeze(1), decided.squeeze(1)
-
-    rows = torch.arange(len(logits), device=device)
-    if size <= HEAD:
-        whole: list[int] = pick(rows, _order(logits))[0].tolist()
-        return whole
-    values, ids = logits.topk(HEAD + 1, dim=1)
-    head = ids[:, :HEAD].sort(dim=1).values
-    tokens, decided = pick(rows, head.gather(1, _order(logits.gather(1, head))))
-    # Which of equal logits topk takes is open, so such an edge decides nothing.
-    rest = (~decided | (values[:, HEAD - 1] == values[:, HEAD])).nonzero().squeeze(1)
-    if len(rest):
-        tokens[rest] = pick(rest, _order(logits[rest]))[0]
-    result: list[int] = tokens.tolist()
-    return result
-
-
-def _order(logits: Tensor) -> Tensor:
-    """Places of each row from the highest to the lowest, equal ones from left to right."""
-    return logits.sort(dim=1, descending=True, stable=True).indices

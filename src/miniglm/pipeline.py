@@ -22,7 +22,6 @@ from miniglm.checkpoint import RunFolder, atomic_write, load_model, save_model
 from miniglm.corpus import Paragraph, load_books, read_paragraphs, split, write_corpus
 from miniglm.dataset import (
     Batches,
-    Masking,
     PairRows,
     TextRows,
     read_pairs,
@@ -369,8 +368,7 @@ def finetune(run: Run, seconds: float | None = None) -> None:
     model, tokenizer = load_model(run.path / "pretrain" / "model", device=str(run.device))
     model.dropout = made.dropout
     tokens, seed = run.path / "tokens", run.recipe.run.seed + 1
-    masking = Masking(made.question_masking, tokenizer.mask, tokenizer.control_ids)
-    pairs = PairRows(read_pairs(tokens / "pairs_train.npz"), made.context, seed, tokenizer.end_of_text, masking)
+    pairs = PairRows(read_pairs(tokens / "pairs_train.npz"), made.context, seed, tokenizer.end_of_text)
     if pairs.truncated:
         say(f"{pairs.truncated} 条问答长于上下文 {made.context}，答案的末尾被截去")
     share = made.text_share

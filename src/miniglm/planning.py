@@ -28,8 +28,6 @@ PRETRAIN_SHARE = 0.45
 """Share of the training time that the novel's text gets before the questions come."""
 TEXT_SHARE = 0.125
 """Share of the rows of a finetuning batch that go on being text of the book."""
-QUESTION_MASKING = 0.15
-"""Share of a training question's tokens that are hidden behind [MASK]."""
 LADDER = ((64, 2), (96, 2), (128, 3), (192, 4), (256, 4), (320, 5), (384, 6), (512, 6), (640, 8), (768, 10), (1024, 12))
 """Hidden size and layers to choose from."""
 
@@ -44,7 +42,6 @@ class Plan:
     pretrain: Stage
     finetune: Stage
     text_share: float
-    question_masking: float
     gigaflops: float
     recipe_lengths: dict[str, Any]
 
@@ -155,9 +152,6 @@ def plan(
             "finetune", recipe.finetune, recipe, None if seconds is None else seconds * (1 - share), context
         ),
         text_share=recipe.finetune.text_share if recipe.finetune.text_share is not None else TEXT_SHARE,
-        question_masking=QUESTION_MASKING
-        if recipe.finetune.question_masking is None
-        else recipe.finetune.question_masking,
         gigaflops=round(gigaflops, 1),
         recipe_lengths=lengths(recipe),
     )

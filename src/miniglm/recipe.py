@@ -174,11 +174,9 @@ class StageRecipe(Section):
 
 
 class FinetuneRecipe(StageRecipe):
-    """`text_share`: share of each batch's rows that are text of the books, so that the model does not forget them.
-    `question_masking`: share of a training question's tokens hidden behind [MASK]; see dataset.Masking."""
+    """`text_share`: share of each batch's rows that are text of the books, so that the model does not forget them."""
 
     text_share: BelowOne | None = None
-    question_masking: BelowOne | None = None
 
 
 class Recipe(Section):

@@ -262,7 +262,7 @@ class Tokenizer:
         if len({*vocabulary.values(), *added}) < len({*vocabulary, *id_of}):
             raise _not_accepted("词表里有两个词元用同一个编号", path)
         self.end_of_text = id_of["<|endoftext|>"]
-        self.mask, self.gmask, self.sop = id_of["[MASK]"], id_of["[gMASK]"], id_of["<sop>"]
+        self.gmask, self.sop = id_of["[gMASK]"], id_of["<sop>"]
         self.system, self.user = id_of["<|system|>"], id_of["<|user|>"]
         self.assistant, self.observation = id_of["<|assistant|>"], id_of["<|observation|>"]
         self.prefix = [self.gmask, self.sop]
