@@ -134,3 +134,22 @@ def test_the_terminal(parts: tuple[GLM, Tokenizer]) -> None:
         model, tokenizer, SamplingSettings(max_new_tokens=20, temperature=1.0, seed=2), read=read, write=interrupt
     )
     assert "（已打断）" in "".join(shown)
+
+
+@pytest.mark.parametrize("remember", [0, 1])
+def test_a_question_brings_as_many_earlier_turns_as_asked(
+    parts: tuple[GLM, Tokenizer], remember: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = parts
+    session = ChatSession(model, tokenizer, SamplingSettings(max_new_tokens=2), remember=remember)
+    prompts: list[list[int]] = []
+    stream = session.engine.stream
+
+    def spy(asked: list[list[int]], settings: SamplingSettings) -> Iterator[list[tuple[int, int]]]:
+        prompts.extend(asked)
+        return stream(asked, settings)
+
+    monkeypatch.setattr(session.engine, "stream", spy)
+    for question in ("长江", "英雄", "浪花"):
+        list(session.reply(question))
+    assert prompts[2] == tokenizer.encode_chat(session.messages[4 - 2 * remember : 5])

@@ -76,10 +76,15 @@ def continue_text(
 
 
 class ChatSession:
-    """A conversation that remembers its turns."""
+    """A conversation.
 
-    def __init__(self, model: GLM, tokenizer: Tokenizer, settings: SamplingSettings) -> None:
-        self.tokenizer, self.settings = tokenizer, settings
+    Args:
+        remember: so many earlier turns are put before a question. 0 asks each question by itself, as single questions
+            and answers are trained: a small model that never saw a second turn answers one with nonsense.
+    """
+
+    def __init__(self, model: GLM, tokenizer: Tokenizer, settings: SamplingSettings, *, remember: int = 0) -> None:
+        self.tokenizer, self.settings, self.remember = tokenizer, settings, remember
         self.engine = Engine(model)
         self.messages: list[Message] = []
 
@@ -91,9 +96,10 @@ class ChatSession:
         """Streams the answer in pieces that are never a broken character. What was said so far is remembered also
         when the reader stops in the middle."""
         self.messages.append({"role": "user", "content": normalize_question(question)})
+        asked = self.messages[-1 - 2 * self.remember :]
         context = self.engine.context
         room = min(self.settings.max_new_tokens, context // 2)
-        prompt = fit_prompt(self.tokenizer, self.messages, context, room)
+        prompt = fit_prompt(self.tokenizer, asked, context, room)
         detokenizer = StreamingDetokenizer(self.tokenizer)
         said: list[str] = []
         try:
@@ -113,11 +119,12 @@ def terminal_chat(
     tokenizer: Tokenizer,
     settings: SamplingSettings,
     *,
+    remember: int = 0,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
 ) -> None:
     """Asks and answers until Ctrl-D or /exit. Ctrl-C stops an answer; at the prompt it ends the chat."""
-    session = ChatSession(model, tokenizer, settings)
+    session = ChatSession(model, tokenizer, settings, remember=remember)
     write("问它关于书的问题。/clear 忘掉前面的对话，/exit 或 Ctrl-D 结束，Ctrl-C 打断回答。\n")
     while True:
         try:

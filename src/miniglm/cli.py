@@ -271,6 +271,9 @@ def chat(
     top_p: TopP = 1.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 1337,
+    turns: Annotated[
+        int, typer.Option("--turns", min=0, help="提问时带上前面几轮；自带的问答都是单轮，带上反而答不好")
+    ] = 0,
     device: Device = None,
 ) -> None:
     """在终端里和模型聊天。"""
@@ -278,7 +281,7 @@ def chat(
 
     model, tokenizer = _load(run, device)
     settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-    terminal_chat(model, tokenizer, settings)
+    terminal_chat(model, tokenizer, settings, remember=turns)
 
 
 @app.command()
