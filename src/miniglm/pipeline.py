@@ -397,8 +397,12 @@ def score(run: Run, *, limit: int | None = None) -> dict[str, Any]:
     settings = SamplingSettings(max_new_tokens=made.context // 2, stop_ids=tokenizer.stop_ids)
     train_examples = examples(run, "train")
     count = min(limit or len(validation), len(validation))
-    train_examples = train_examples[:: max(1, len(train_examples) // max(1, count))][:count]
-    for name, part in (("validation", validation[:count]), ("train", train_examples)):
+
+    def spread(part: list[Example]) -> list[Example]:
+        """`count` of them from the whole book, not from its first chapters."""
+        return part[:: max(1, len(part) // max(1, count))][:count]
+
+    for name, part in (("validation", spread(validation)), ("train", spread(train_examples))):
         if not part:
             continue
         with count_bar("验证题" if name == "validation" else "训练题", len(part)) as bar:
