@@ -281,3 +281,19 @@ def test_a_run_without_questions_continues_text(tmp_path: Path, material: Path) 
     )
     assert done.returncode == 0, done.stderr
     assert miniglm("sample", out, "--start", "却说", "--max-new-tokens", "5").returncode == 0
+
+
+def test_a_tokenizer_of_ones_own_is_taken(tmp_path: Path, material: Path, finished: Path) -> None:
+    given = finished / "tokenizer" / "tokenizer.json"
+    text = f"tokenizer = '{given}'\n" + (material / "recipe.toml").read_text("utf-8").replace(
+        "[tokenizer]\nvocab_size = 700\n", ""
+    )
+    (tmp_path / "recipe.toml").write_text(text, "utf-8")
+    done = miniglm(
+        "tokenize", "--recipe", tmp_path / "recipe.toml", "--book", material / "书.txt", "--out", tmp_path / "run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        json.loads((tmp_path / "run/tokenizer/tokenizer.json").read_text("utf-8"))["model"]
+        == json.loads(given.read_text("utf-8"))["model"]
+    )

@@ -149,3 +149,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         load_recipe(path)
     path.write_bytes(b"\xef\xbb\xbf[run]\nseed = 3\r\n")
     assert load_recipe(path).run.seed == 3
+
+
+def test_a_tokenizer_can_be_named_in_one_word(tmp_path: Path) -> None:
+    assert load_recipe(write(tmp_path, 'tokenizer = "gpt2"')).tokenizer.kind == "gpt2"

@@ -193,6 +193,8 @@ class Engine:
 def sample(logits: Tensor, sequences: Sequence[_Sequence]) -> list[int]:
     """The next token of each sequence from its row of `logits`, (batch, V)."""
     logits = logits.float()
+    if logits.device.type == "mps":
+        logits = logits.cpu()  # Apple's GPU has no float64, which drawing needs
     for row, sequence in enumerate(sequences):
         penalty = sequence.settings.repetition_penalty
         if penalty != 1.0:

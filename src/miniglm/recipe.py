@@ -250,6 +250,8 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     if path is not None:
         path = find_recipe(path)
         data = _read_toml(path)
+        if isinstance(data.get("tokenizer"), str):  # tokenizer = "gpt2" for short
+            data["tokenizer"] = {"kind": data["tokenizer"]}
         corpus = data.get("corpus")
         if isinstance(corpus, dict) and corpus.get("books", [DEFAULT_BOOK]) != [DEFAULT_BOOK]:
             data.setdefault("qa", {})
