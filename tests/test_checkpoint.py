@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from miniglm import checkpoint
-from miniglm.checkpoint import RunFolder, atomic_write, load_model, load_state, save_model, save_state
+from miniglm.checkpoint import RunFolder, load_model, load_state, save_model, save_state
 from miniglm.errors import MiniGLMError
+from miniglm.files import write_whole
 from miniglm.model import GLM, ModelConfig
 from miniglm.optimizer import build_optimizers
 from miniglm.tokenizer import Tokenizer, train_tokenizer
@@ -157,14 +158,14 @@ def test_resumed_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, token
 
 def test_a_write_that_fails_half_way_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everywhere, also where no small disk can be mounted: the system says that the disk is full when asked to flush."""
-    atomic_write(tmp_path / "f", "old")
+    write_whole(tmp_path / "f", "old")
 
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MiniGLMError, match="原来的内容没有动"):
-        atomic_write(tmp_path / "f", "new")
+        write_whole(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
@@ -183,9 +184,9 @@ def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
     if not mounted:
         pytest.skip("cannot mount a small file system here")
     try:
-        atomic_write(disk / "f", b"old" * 1000)
+        write_whole(disk / "f", b"old" * 1000)
         with pytest.raises(MiniGLMError, match="原来的内容没有动"):
-            atomic_write(disk / "f", b"new" * 100_000)
+            write_whole(disk / "f", b"new" * 100_000)
         assert (disk / "f").read_bytes() == b"old" * 1000
         assert [p.name for p in disk.iterdir()] == ["f"]
     finally:
@@ -193,14 +194,14 @@ def test_a_full_disk_leaves_the_old_content(tmp_path: Path) -> None:
 
 
 def test_a_failing_rename_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    atomic_write(tmp_path / "f", "old")
+    write_whole(tmp_path / "f", "old")
 
     def fail(self: Path, target: Path) -> Path:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(MiniGLMError, match="No space left"):
-        atomic_write(tmp_path / "f", "new")
+        write_whole(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
@@ -208,7 +209,6 @@ def test_a_failing_rename_leaves_the_old_content(tmp_path: Path, monkeypatch: py
 def test_a_run_folder_is_marked_and_nothing_else_is_taken_for_one(tmp_path: Path) -> None:
     RunFolder(tmp_path / "new").create_or_open()
     (tmp_path / "new" / ".miniglm-tmp-killed").write_text("half")
-    (tmp_path / "new" / ".tokenizer_config.json.77.tmp").write_text("half")
     RunFolder(tmp_path / "new").create_or_open()
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
     (tmp_path / "photos").mkdir()

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from torch.optim import Optimizer
 
 from miniglm import __version__
 from miniglm.errors import MiniGLMError
+from miniglm.files import TEMPORARY, clean_temporaries, write_whole
 from miniglm.model import GLM, ModelConfig
 from miniglm.tokenizer import Tokenizer
 
@@ -29,42 +28,6 @@ FORMAT = 1
 """Number of the run folder's and the state's layout; another number is not read."""
 MAX_HEADER = 100 * 2**20
 """safetensors' own bound on its header, bytes."""
-_TEMPORARY = ".miniglm-tmp-"
-_TOKENIZER_TEMPORARY = ".tokenizer*.json.*.tmp"  # Tokenizer.save makes its own
-
-
-def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replaces a file's content, whole or not at all.
-
-    Raises:
-        MiniGLMError: the disk is full, or the folder cannot be written; the old content is untouched.
-    """
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    name = ""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)  # mkstemp makes files that only their owner reads
-        Path(name).replace(path)
-    except OSError as error:
-        raise MiniGLMError(
-            f"写不了 {len(data):,} 字节（{error.strerror or error}），原来的内容没有动",
-            path=path,
-            fix="请检查磁盘空间和权限，再运行同一条命令",
-        ) from None
-    finally:
-        if name:
-            Path(name).unlink(missing_ok=True)
-
-
-def clean_temporaries(folder: Path) -> None:
-    """Removes what a killed process left half written."""
-    for pattern in (f"{_TEMPORARY}*", _TOKENIZER_TEMPORARY):
-        for path in folder.rglob(pattern):
-            path.unlink(missing_ok=True)
 
 
 def save_model(folder: Path, model: GLM, tokenizer: Tokenizer) -> None:
@@ -79,13 +42,13 @@ def save_model(folder: Path, model: GLM, tokenizer: Tokenizer) -> None:
     generation = {"eos_token_id": stops, "pad_token_id": tokenizer.end_of_text, "do_sample": False}
     tokenizer.save(folder, model_max_length=model.config.max_position_embeddings)
     for name, content in (("config.json", config), ("generation_config.json", generation)):
-        atomic_write(folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        write_whole(folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     tensors = {
         name: tensor.detach().to("cpu", torch.float32).contiguous()
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
-    atomic_write(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    write_whole(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -126,9 +89,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return safetensors.torch.load_file(path), metadata
     except FileNotFoundError:
         raise MiniGLMError("缺少这个文件", path=path, fix="这个目录不完整，请重新训练或复制完整的目录") from None
-    except (OSError, LookupError, TypeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
-        raise MiniGLMError(f"不是有效的 safetensors 文件（{error}）", path=path, fix=broken) from None
-    except (ValueError, OverflowError) as error:  # the header: not JSON, or numbers that are none
+    except (
+        *(OSError, safetensors.SafetensorError),
+        *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError),  # the header's content
+    ) as error:
         raise MiniGLMError(f"不是有效的 safetensors 文件（{error}）", path=path, fix=broken) from None
 
 
@@ -182,7 +146,7 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any
     """One safetensors file that holds everything resuming needs, `meta` as JSON in its metadata."""
     flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT} | dict(meta))
-    atomic_write(path, safetensors.torch.save(flat, metadata={"miniglm": text}))
+    write_whole(path, safetensors.torch.save(flat, metadata={"miniglm": text}))
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -279,7 +243,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise MiniGLMError("这是一个文件，应为运行目录", path=self.path, fix="换一个 --out")
         if not mark.exists():
-            if self.path.exists() and any(p.name[: len(_TEMPORARY)] != _TEMPORARY for p in self.path.iterdir()):
+            if self.path.exists() and any(not p.name.startswith(TEMPORARY) for p in self.path.iterdir()):
                 raise MiniGLMError(
                     "不是 miniGLM 的运行目录（里面有别的文件）", path=self.path, fix="换一个空的或新的 --out"
                 )
@@ -287,7 +251,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise MiniGLMError(f"建不了这个目录（{error.strerror}）", path=self.path, fix="换一个 --out") from None
-            atomic_write(mark, json.dumps({"format": FORMAT, "miniglm": __version__}) + "\n")
+            write_whole(mark, json.dumps({"format": FORMAT, "miniglm": __version__}) + "\n")
         found = _read_json(mark)
         if found.get("format") != FORMAT:
             raise MiniGLMError(

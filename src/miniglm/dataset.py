@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from miniglm.checkpoint import atomic_write
 from miniglm.errors import MiniGLMError
+from miniglm.files import write_whole
 from miniglm.model import IGNORE
 
 MINIMUM_TARGET_ROOM = 8
@@ -72,7 +72,7 @@ def write_tokens(path: Path, ids: NDArray[Any]) -> None:
     largest = int(ids.max()) if len(ids) else 0
     buffer = io.BytesIO()
     np.save(buffer, ids.astype(np.uint16 if largest < 2**16 else np.uint32), allow_pickle=False)
-    atomic_write(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def read_tokens(path: Path) -> NDArray[Any]:
@@ -118,7 +118,7 @@ def write_pairs(path: Path, examples: Sequence[tuple[Sequence[int], Sequence[int
         targets=np.fromiter((t for _, targets in examples for t in targets), np.uint8, sum(lengths)),
         offsets=np.cumsum([0, *lengths]).astype(np.int64),
     )
-    atomic_write(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
 
 
 def read_pairs(path: Path) -> Pairs:

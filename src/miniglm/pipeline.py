@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from miniglm.chat import answer_questions
-from miniglm.checkpoint import RunFolder, atomic_write, load_model, save_model
+from miniglm.checkpoint import RunFolder, load_model, save_model
 from miniglm.corpus import Paragraph, load_books, read_paragraphs, split, write_corpus
 from miniglm.dataset import (
     Batches,
@@ -33,6 +33,7 @@ from miniglm.dataset import (
 )
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.measure import bits_per_character, key_accuracy
+from miniglm.files import write_whole
 from miniglm.generation import SamplingSettings
 from miniglm.model import GLM
 from miniglm.planning import Plan, lengths, measure_gigaflops, plan
@@ -92,7 +93,7 @@ class Run:
         elif saved.exists():
             _refuse_changes(saved, load_recipe(saved, {}), recipe)
         self.recipe = recipe
-        atomic_write(saved, recipe.to_toml())
+        write_whole(saved, recipe.to_toml())
         self.device = pick_device(recipe.run.device)
         self.said: set[str] = set()
 
@@ -105,7 +106,7 @@ class Run:
     def note(self, **facts: Any) -> None:
         """Adds facts to results.json."""
         path = self.path / "results.json"
-        atomic_write(path, json.dumps(self.results() | facts, ensure_ascii=False, indent=2) + "\n")
+        write_whole(path, json.dumps(self.results() | facts, ensure_ascii=False, indent=2) + "\n")
 
     def results(self) -> dict[str, Any]:
         path = self.path / "results.json"
@@ -176,7 +177,7 @@ def prepare(run: Run) -> None:
     for name, examples in sets.items():
         write_jsonl(qa / f"{name}.jsonl", [_row(example) for example in examples])
     write_corpus(books, parts, corpus)
-    atomic_write(qa / "summary.json", json.dumps(counts, ensure_ascii=False, indent=2) + "\n")
+    write_whole(qa / "summary.json", json.dumps(counts, ensure_ascii=False, indent=2) + "\n")
     run.note_stage("prepare", time.monotonic() - begun)
     run.said.add("语料和问答")
     say(
@@ -250,7 +251,7 @@ def tokenize(run: Run) -> None:
         write_pairs(tokens / f"pairs_{name}.npz", encoded)
         meta[f"{name}_pairs"] = len(encoded)
         meta[f"{name}_answer_characters"] = sum(len(turn.answer) for e in pairs[name] for turn in e.turns)
-    atomic_write(tokens / "meta.json", json.dumps(meta, indent=2) + "\n")
+    write_whole(tokens / "meta.json", json.dumps(meta, indent=2) + "\n")
     run.note_stage("tokenize", time.monotonic() - begun)
     run.said.add("分词")
     per_character = meta["validation_tokens"] / max(1, meta["validation_characters"])
@@ -287,7 +288,7 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     )
     if known is not None:  # the weights on disk keep their sizes
         made = replace(made, model=known.model, context=known.context, dropout=known.dropout)
-    atomic_write(path, json.dumps(made.to_json(), indent=2) + "\n")
+    write_whole(path, json.dumps(made.to_json(), indent=2) + "\n")
     say(
         f"这台机器矩阵乘法 {made.gigaflops:,.0f} GFLOP/s（{run.device.type}）；模型 {made.model.num_hidden_layers} 层、"
         f"宽 {made.model.hidden_size}、{made.model.num_parameters / 1e6:.1f} 百万参数，上下文 {made.context}"
@@ -317,7 +318,7 @@ def _train(
             on_progress=bar,
             on_evaluation=lambda: draw_losses(run.path),
         )
-    atomic_write(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
+    write_whole(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
     draw_losses(run.path)
     run.note_stage(name, result.elapsed)
     run.said.add(title)

@@ -12,7 +12,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from itertools import islice, pairwise
 from math import ceil, sqrt
 from pathlib import Path
@@ -22,6 +21,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from miniglm.errors import MiniGLMError
+from miniglm.files import write_whole
 
 if TYPE_CHECKING:
     import tiktoken
@@ -329,8 +329,8 @@ class Tokenizer:
         }
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
-        _write(Path(folder) / "tokenizer.json", self.hf.to_str(pretty=True))
-        _write(Path(folder) / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        write_whole(Path(folder) / "tokenizer.json", self.hf.to_str(pretty=True))
+        write_whole(Path(folder) / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: control tokens written in it are text as well. See `repair_surrogates`."""
@@ -503,19 +503,3 @@ def _bytes_of(token: str) -> bytes:
 def _not_accepted(what: str, path: Path | None) -> MiniGLMError:
     fix = "这里用的是字节级 BPE 的 tokenizer.json（GLM-4、GPT-2、Qwen、Llama 3 一类；SentencePiece 和 WordPiece 不行）"
     return MiniGLMError(f"不能用作分词器：{what}", path=path, fix=fix)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise MiniGLMError(f"写不了文件（{error.strerror}）", path=path, fix="检查磁盘空间和写权限") from error
-    finally:
-        with suppress(OSError):  # gone already unless something went wrong, and then that is the error to show
-            temporary.unlink()

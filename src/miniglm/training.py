@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from miniglm.checkpoint import (
-    atomic_write,
     load_state,
     optimizer_tensors,
     restore_optimizers,
@@ -34,6 +33,7 @@ from miniglm.checkpoint import (
 )
 from miniglm.dataset import Batches
 from miniglm.errors import MiniGLMError
+from miniglm.files import write_whole
 from miniglm.model import GLM
 from miniglm.optimizer import build_optimizers, learning_rate_factor, set_learning_rate
 
@@ -147,7 +147,7 @@ def _drop_later_metrics(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    atomic_write(path, "".join(kept))
+    write_whole(path, "".join(kept))
 
 
 def train(

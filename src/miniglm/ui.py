@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from miniglm.files import written_whole
 from miniglm.training import Progress as TrainingProgress
 
 console = Console(stderr=True, highlight=False)
@@ -112,7 +113,6 @@ def draw_losses(run: Path) -> None:
             right.plot(*zip(*checks, strict=True), "o-", color="#c2410c", markersize=3, label="validation")
             right.set_ylabel("validation (bits per character)", color="#c2410c")
             right.annotate(f"{checks[-1][1]:.2f}", checks[-1], textcoords="offset points", xytext=(-4, 8), ha="right")
-    temporary = run / ".loss.tmp.png"
-    figure.savefig(temporary, dpi=110)
+    with written_whole(run / "loss.png") as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
-    temporary.replace(run / "loss.png")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from miniglm.corpus.download import BOOK_INSTEAD, Progress, cache_folder, check_digest, download, is_good
-from miniglm.corpus.files import write_whole
 from miniglm.errors import MiniGLMError
+from miniglm.files import write_whole
 
 PIP_TIMEOUT_SECONDS = 900.0
 

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from miniglm import __version__
-from miniglm.corpus.files import written_whole
 from miniglm.errors import MiniGLMError
+from miniglm.files import written_whole
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes fetched so far and the bytes in all, or None where the server does not say."""

@@ -8,9 +8,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from miniglm.corpus.cleaning import Book, Paragraph
-from miniglm.corpus.files import write_whole, written_whole
 from miniglm.corpus.splitting import Split
 from miniglm.errors import MiniGLMError
+from miniglm.files import write_whole, written_whole
 
 _FIELDS = {field.name: int if field.name in ("chapter_number", "number") else str for field in fields(Paragraph)}
 

@@ -10,13 +10,13 @@ import contextlib
 import csv
 import io
 import json
-import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from miniglm.errors import MiniGLMError
+from miniglm.files import written_whole
 
 MAX_REJECTED = 0.01
 """Largest share of lines that may be unusable before `read_examples` refuses the file."""
@@ -453,20 +453,10 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, object]]) -> None:
     Raises:
         MiniGLMError: the file cannot be written; whatever stood there before still does.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            for row in rows:
-                try:
-                    line = json.dumps(row, ensure_ascii=False).encode("utf-8")
-                except UnicodeEncodeError:  # a lone surrogate, which UTF-8 has no bytes for
-                    line = json.dumps(row).encode("ascii")
-                file.write(line + b"\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise MiniGLMError(f"写不进去：{error.strerror}", path=path, fix="请看磁盘是否已满、文件夹能否写入") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with written_whole(Path(path)) as file:
+        for row in rows:
+            try:
+                line = json.dumps(row, ensure_ascii=False).encode("utf-8")
+            except UnicodeEncodeError:  # a lone surrogate, which UTF-8 has no bytes for
+                line = json.dumps(row).encode("ascii")
+            file.write(line + b"\n")

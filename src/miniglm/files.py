@@ -1,4 +1,4 @@
-"""Writing files whole or not at all. Knows nothing of what is in them."""
+"""Writing files whole or not at all, the one way for all of the project. Knows nothing of what is in them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from miniglm.errors import MiniGLMError
+
+TEMPORARY = ".miniglm-tmp-"
+"""How the names of files begin that are not yet whole."""
 
 
 @contextmanager
@@ -25,26 +28,34 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The same folder, because os.replace is atomic only within one file system.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:60]}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=TEMPORARY, delete=False) as file:
             temporary = Path(file.name)
             yield file  # type: ignore[misc]  # typeshed's wrapper delegates every method of BinaryIO
             file.flush()
             os.fsync(file.fileno())
-        if os.name == "posix":  # mkstemp gives 0600; a book is no secret
+        if os.name == "posix":  # mkstemp gives 0600; none of our files is a secret
             umask = os.umask(0)
             os.umask(umask)
             temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
         raise MiniGLMError(
-            f"写不进去：{error.strerror or error}", path=path, fix="请检查磁盘空间和文件夹的写权限"
+            f"写不了文件：新内容写不进去（{error.strerror or error}），原来的内容没有动",
+            path=path,
+            fix="请检查磁盘空间和文件夹的写权限",
         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all (see `written_whole`)."""
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write `content` to `path`, text as UTF-8, whole or not at all (see `written_whole`)."""
     with written_whole(path) as file:
-        file.write(data)
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def clean_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half written, anywhere below `folder`."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        path.unlink(missing_ok=True)
