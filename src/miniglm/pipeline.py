@@ -36,7 +36,7 @@ from miniglm.evaluation.measure import bits_per_character, key_accuracy
 from miniglm.files import write_whole
 from miniglm.generation import SamplingSettings
 from miniglm.model import GLM
-from miniglm.planning import Plan, lengths, measure_gigaflops, plan
+from miniglm.planning import LENGTHS, Plan, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, write_jsonl
 from miniglm.qa.questions import normalize_question
 from miniglm.recipe import Recipe, load_recipe
@@ -50,7 +50,9 @@ FROZEN = (
     ("plan.json", ("model.", "pretrain.", "finetune.", "run.seed")),
 )
 """Which parts of a recipe have shaped what is on disk once a file is there: these an existing run does not change."""
-MAY_CHANGE = ("qa.allow_bad_lines", "steps", "minutes", "micro_rows", "evaluate_every", "patience")
+MAY_CHANGE = ("qa.allow_bad_lines", *LENGTHS)
+"""Ends of the keys among them that it changes all the same."""
+TITLES = {"prepare": "语料和问答", "tokenize": "分词", "pretrain": "预训练", "finetune": "微调"}
 EVALUATION_ROWS = 32
 
 
@@ -95,13 +97,13 @@ class Run:
         self.recipe = recipe
         write_whole(saved, recipe.to_toml())
         self.device = pick_device(recipe.run.device)
-        self.said: set[str] = set()
+        self.told: set[str] = set()
 
     def skip(self, stage: str) -> None:
         """Says once that a stage is done already, unless this very process did it."""
-        if stage not in self.said:
-            self.said.add(stage)
-            say(f"{stage}已完成，跳过")
+        if stage not in self.told:
+            self.told.add(stage)
+            say(f"{TITLES[stage]}已完成，跳过")
 
     def note(self, **facts: Any) -> None:
         """Adds facts to results.json."""
@@ -114,7 +116,8 @@ class Run:
         return found
 
     def note_stage(self, name: str, seconds: float) -> None:
-        """Remembers how long a stage took, in seconds."""
+        """Remembers how long a stage took, in seconds; `skip` is then silent about it."""
+        self.told.add(name)
         self.note(seconds=self.results().get("seconds", {}) | {name: round(seconds, 1)})
 
 
@@ -145,7 +148,7 @@ def prepare(run: Run) -> None:
     """Books and question-answer sets in, clean text and examples out: RUN/corpus and RUN/qa."""
     corpus, qa = run.path / "corpus", run.path / "qa"
     if (corpus / "summary.json").exists() and (qa / "summary.json").exists():
-        run.skip("语料和问答")
+        run.skip("prepare")
         return
     begun = time.monotonic()
     given = run.recipe.corpus
@@ -179,7 +182,6 @@ def prepare(run: Run) -> None:
     write_corpus(books, parts, corpus)
     write_whole(qa / "summary.json", json.dumps(counts, ensure_ascii=False, indent=2) + "\n")
     run.note_stage("prepare", time.monotonic() - begun)
-    run.said.add("语料和问答")
     say(
         f"训练 {len(parts.train):,} 段、验证 {len(parts.validation):,} 段（{parts.duplicates_moved} 段因与训练部分重复移回训练）；"
         f"问答 训练 {len(sets['train']):,} 条、验证 {len(sets['validation']):,} 条"
@@ -218,7 +220,7 @@ def tokenize(run: Run) -> None:
     prepare(run)
     tokens = run.path / "tokens"
     if (tokens / "meta.json").exists():
-        run.skip("分词")
+        run.skip("tokenize")
         return
     begun = time.monotonic()
     text = {name: read_paragraphs(run.path / "corpus" / f"{name}.jsonl") for name in ("train", "validation")}
@@ -253,7 +255,6 @@ def tokenize(run: Run) -> None:
         meta[f"{name}_answer_characters"] = sum(len(turn.answer) for e in pairs[name] for turn in e.turns)
     write_whole(tokens / "meta.json", json.dumps(meta, indent=2) + "\n")
     run.note_stage("tokenize", time.monotonic() - begun)
-    run.said.add("分词")
     per_character = meta["validation_tokens"] / max(1, meta["validation_characters"])
     say(f"词表 {tokenizer.vocab_size:,}，每字 {per_character:.2f} 个 token，训练部分 {meta['train_tokens']:,} 个 token")
 
@@ -306,7 +307,7 @@ def _train(
     def save_best(scores: dict[str, float]) -> None:
         save_model(folder / "model", model, tokenizer)
 
-    title = {"pretrain": "预训练", "finetune": "微调"}[name]
+    title = TITLES[name]
     with training_bar(title, meta["train_characters"] / meta["train_tokens"]) as bar:
         result = train(
             model,
@@ -321,7 +322,6 @@ def _train(
     write_whole(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
     draw_losses(run.path)
     run.note_stage(name, result.elapsed)
-    run.said.add(title)
     say(
         f"{title}完成：{result.steps} 步，最好的验证 {result.best['score']:.3f} 比特/字，用时 {duration(time.monotonic() - begun)}"
     )
@@ -332,7 +332,7 @@ def pretrain(run: Run, seconds: float | None = None) -> None:
     """Teaches the book's text to a new model: RUN/pretrain."""
     made = make_plan(run, seconds)
     if (run.path / "pretrain" / "done.json").exists():
-        run.skip("预训练")
+        run.skip("pretrain")
         return
     tokenizer = Tokenizer.load(run.path / "tokenizer")
     model = GLM(made.model, made.dropout).initialize(run.recipe.run.seed).to(run.device)
@@ -358,7 +358,7 @@ def finetune(run: Run, seconds: float | None = None) -> None:
     """Teaches questions and answers to the pretrained model: RUN/finetune, and the finished model in RUN/model."""
     pretrain(run, seconds)
     if (run.path / "model" / "model.safetensors").exists() and (run.path / "finetune" / "done.json").exists():
-        run.skip("微调")
+        run.skip("finetune")
         return
     made = make_plan(run)
     if _meta(run)["train_pairs"] == 0:

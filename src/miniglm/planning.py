@@ -18,7 +18,8 @@ from miniglm.recipe import Recipe, StageRecipe
 from miniglm.training import Stage
 
 UTILISATION = 0.6
-"""Share of the measured matrix-product speed that a training step reaches (docs/how-minutes-work.md)."""
+"""Share of the measured matrix-product speed that the rule counts with. The default run reaches less
+(docs/how-minutes-work.md); the next constant was settled with this one, so they change together."""
 PARAMETERS_PER_ROOT_FLOP = 0.36
 """Weights for a budget of C operations: this times sqrt(C), so that tokens and weights grow alike
 (Hoffmann et al. 2022, arXiv:2203.15556); the factor is measured for one novel read several times."""
@@ -55,11 +56,14 @@ class Plan:
         return cls(**(data | {"model": ModelConfig(**data["model"])} | stages))
 
 
+LENGTHS = ("steps", "minutes", "micro_rows", "evaluate_every", "patience")
+"""A stage's settings that a run may change after its plan was made."""
+
+
 def lengths(recipe: Recipe) -> dict[str, Any]:
-    """The parts of a recipe that a run may change after its plan was made."""
+    """What a recipe says of `LENGTHS` and of the minutes in all."""
     stages = {"pretrain": recipe.pretrain, "finetune": recipe.finetune}
-    names = ("steps", "minutes", "micro_rows", "evaluate_every", "patience")
-    return {"minutes": recipe.run.minutes} | {n: {k: getattr(s, k) for k in names} for n, s in stages.items()}
+    return {"minutes": recipe.run.minutes} | {n: {k: getattr(s, k) for k in LENGTHS} for n, s in stages.items()}
 
 
 def measure_gigaflops(device: torch.device, seconds: float = 1.0) -> float:

@@ -194,8 +194,12 @@ def train(
     finished = False
     if state_path.exists():
         tensors, meta = load_state(state_path)
+
+        def section(prefix: str) -> dict[str, torch.Tensor]:
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
         weights = dict(model.named_parameters())
-        saved = {n.removeprefix("model::"): t for n, t in tensors.items() if n.startswith("model::")}
+        saved = section("model::")
         if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in weights.items()}:
             raise MiniGLMError("训练状态与模型的形状不符", path=state_path, fix="换一个 --out 目录重新训练")
         with torch.no_grad():
@@ -203,10 +207,10 @@ def train(
                 parameter.copy_(saved[name])
         restore_optimizers(
             optimizers,
-            {n.removeprefix("optimizer::"): t for n, t in tensors.items() if n.startswith("optimizer::")},
+            section("optimizer::"),
             meta["optimizers"],
         )
-        restore_rng({n.removeprefix("rng::"): t for n, t in tensors.items() if n.startswith("rng::")})
+        restore_rng(section("rng::"))
         step, elapsed, tokens = meta["step"], meta["elapsed"], meta["tokens"]
         evaluations, since_best, best, finished = (
             meta["evaluations"],
