@@ -347,7 +347,9 @@ def corpus_inspect(
 
     from miniglm.corpus import load_books
 
-    table = Table("书", "编码", "字数", "段落", "章节", "清洗掉", "摘录")
+    table = Table("书", "编码", "字数", "段落", "章节")
+    for wide in ("清洗掉", "摘录"):  # Chinese has no spaces to break at: fold, or a narrow terminal shows an ellipsis
+        table.add_column(wide, overflow="fold")
     for book in load_books(files, encoding=encoding, simplify=simplify):
         removed = "\n".join(f"{rule} {what.count} 处 {what.characters} 字" for rule, what in book.removed.items())
         excerpt = max((p.text for p in book.paragraphs[:20]), key=len)[:60]
