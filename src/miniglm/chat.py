@@ -125,7 +125,8 @@ def terminal_chat(
 ) -> None:
     """Asks and answers until Ctrl-D or /exit. Ctrl-C stops an answer; at the prompt it ends the chat."""
     session = ChatSession(model, tokenizer, settings, remember=remember)
-    write("问它关于书的问题。/clear 忘掉前面的对话，/exit 或 Ctrl-D 结束，Ctrl-C 打断回答。\n")
+    clear = "/clear 忘掉前面的对话，" if remember else ""  # nothing to forget where each question stands alone
+    write(f"问它关于书的问题。{clear}/exit 或 Ctrl-D 结束，Ctrl-C 打断回答。\n")
     while True:
         try:
             question = read("\n问：").strip()
