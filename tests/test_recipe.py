@@ -87,7 +87,7 @@ def test_paths_are_found_beside_the_recipe_and_names_are_left(tmp_path: Path, mo
         "https://example.org/a.txt",
         "no.txt",
     ]
-    assert recipe.qa.train == [str(default_qa()[0]), str((there / "a.txt").resolve())]
+    assert recipe.qa.train == [default_qa()["train"], str((there / "a.txt").resolve())]
     assert load_recipe(None, {"corpus.books": ["a.txt"]}).corpus.books == [str((here / "a.txt").resolve())]
 
 
@@ -95,7 +95,7 @@ def test_own_books_do_not_get_the_questions_about_sanguo(tmp_path: Path) -> None
     own = load_recipe(write(tmp_path, "[corpus]\nbooks = ['my.txt']"))
     assert own.qa.train == own.qa.validation == []
     instead = load_recipe(None, {"corpus.books": ["my.txt"]})  # --book: the default novel from a file
-    assert instead.qa.train == [str(default_qa()[0])]
+    assert instead.qa.train == [default_qa()["train"]]
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,10 @@ def shipped(*parts: str) -> Path:
     raise MiniGLMError("安装不完整，缺少随程序提供的文件", path=package.joinpath(*parts), fix="请重新安装 miniglm-chat")
 
 
-def default_qa() -> tuple[Path, Path]:
-    """The project's own question-answer set about 《三国演义》: to train on, and to validate with."""
-    return shipped("data", "sanguo", "train.jsonl"), shipped("data", "sanguo", "val.jsonl")
+def default_qa() -> dict[str, str]:
+    """The project's own question-answer set about 《三国演义》: the file of each part."""
+    files = {"train": "train.jsonl", "validation": "val.jsonl", "unseen": "unseen.jsonl"}
+    return {part: str(shipped("data", "sanguo", file)) for part, file in files.items()}
 
 
 class Section(BaseModel):
@@ -91,10 +92,17 @@ class CorpusRecipe(Section):
 
 
 class QARecipe(Section):
-    """Paths of question-answer files; empty lists for a run without questions."""
+    """Paths of question-answer files; empty lists for a run without questions.
 
-    train: list[Text] = Field(default_factory=lambda: [str(default_qa()[0])])
-    validation: list[Text] = Field(default_factory=lambda: [str(default_qa()[1])])
+    `train` is trained on, `validation` chooses the best weights, `unseen` (facts that only the book tells) is touched
+    by evaluation alone. Our own `unseen` goes with our own `train` and with nothing else.
+    """
+
+    train: list[Text] = Field(default_factory=lambda: [default_qa()["train"]])
+    validation: list[Text] = Field(default_factory=lambda: [default_qa()["validation"]])
+    unseen: list[Text] = Field(
+        default_factory=lambda data: [default_qa()["unseen"]] if data.get("train") == [default_qa()["train"]] else []
+    )
     allow_bad_lines: bool = False
 
 
@@ -301,13 +309,17 @@ def _anchor(data: dict[str, Any], folders: Iterable[Path]) -> None:
         found = next((folder / path for folder in folders if (folder / path).exists()), path)
         return str(found.resolve()) if found.exists() else value
 
-    for section, key in (("corpus", "books"), ("qa", "train"), ("qa", "validation"), ("tokenizer", "kind")):
+    for section, key in (
+        ("corpus", "books"),
+        *(("qa", part) for part in default_qa()),
+        ("tokenizer", "kind"),
+    ):
         table = data.get(section)
         if not isinstance(table, dict) or key not in table:
             continue
         value = table[key]
         if isinstance(value, list):
-            own = {DEFAULT_QA: str(default_qa()[key == "validation"])} if section == "qa" else {}
+            own = {DEFAULT_QA: default_qa()[key]} if section == "qa" else {}
             table[key] = [own.get(v, absolute(v)) if isinstance(v, str) else v for v in value]
         else:
             table[key] = absolute(value)
@@ -315,7 +327,7 @@ def _anchor(data: dict[str, Any], folders: Iterable[Path]) -> None:
 
 def _own_set_by_name(key: str, path: str) -> str:
     """So that a saved recipe does not name the place where the program is installed."""
-    return DEFAULT_QA if path == str(default_qa()[key == "validation"]) else path
+    return DEFAULT_QA if path == default_qa().get(key) else path
 
 
 def _toml(value: Any) -> str:
