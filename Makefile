@@ -1,6 +1,7 @@
 # make install | demo | test | lint | clean      (without make: see README)
 PYTHON ?= python3
 VENV := .venv
+EXTRAS := epub,eval
 # Further arguments: make demo ARGS="--minutes 30", make install PIP_FLAGS="--index-url https://…"
 ARGS ?=
 PIP_FLAGS ?=
@@ -25,7 +26,7 @@ endef
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml requirements.lock
-	$(call install,epub)
+	$(call install,$(EXTRAS))
 
 $(VENV)/installed-test: pyproject.toml requirements.lock
 	$(call install,test)

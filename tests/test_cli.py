@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -12,106 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-RECIPE = """
-[run]
-minutes = "none"
-device = "cpu"
-[tokenizer]
-vocab_size = 700
-[model]
-num_hidden_layers = 1
-hidden_size = 32
-intermediate_size = 64
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 16
-context = 96
-[pretrain]
-steps = 12
-rows = 4
-evaluate_every = 6
-[finetune]
-steps = 12
-rows = 4
-evaluate_every = 6
-"""
-
-
-def miniglm(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "miniglm", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-        env=os.environ | {"PYTHONUTF8": "1", "COLUMNS": "200"} | environment,
-        stdin=subprocess.DEVNULL,
-    )
-
-
-def fails(*arguments: str | Path, words: tuple[str, ...], **environment: str) -> None:
-    """The command must end with one line that has these words, exit code 1, and no traceback."""
-    done = miniglm(*arguments, **environment)
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("错误：")
-    for word in words:
-        assert word in last, last
-
-
-@pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a book, questions and a recipe: the shipped set's sentences, chapter by chapter, as a book."""
-    folder = tmp_path_factory.mktemp("material")
-    rows = [json.loads(line) for line in (ROOT / "data/sanguo/train.jsonl").read_text("utf-8").splitlines()]
-    lines, chapter, seen = [], 0, set()
-    for row in rows[:1500]:
-        if row["chapter"] != chapter:
-            chapter = row["chapter"]
-            lines.append(f"第{chapter}回 测试")
-        if row["id"] not in seen:
-            seen.add(row["id"])
-            lines.append(row["answer"])
-    (folder / "书.txt").write_text("\n".join(lines), "utf-8")
-    (folder / "qa.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows[:60]), "utf-8")
-    (folder / "recipe.toml").write_text(RECIPE, "utf-8")
-    return folder
-
-
-def demo(material: Path, out: Path, *more: str | Path) -> list[str | Path]:
-    return [
-        "demo",
-        "--no-chat",
-        "--recipe",
-        material / "recipe.toml",
-        "--book",
-        material / "书.txt",
-        "--qa",
-        material / "qa.jsonl",
-        "--out",
-        out,
-        *more,
-    ]
-
-
-@pytest.fixture(scope="session")
-def finished(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    done = miniglm(*demo(material, out))
-    assert done.returncode == 0, done.stderr
-    assert "比特/字" in done.stdout and done.stdout.count("问：") == 5
-    return out
+from running import demo, fails, miniglm
 
 
 def test_the_demo_leaves_a_model_numbers_and_a_picture(finished: Path) -> None:
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((finished / "results.json").read_text("utf-8"))
     assert results["text_bits_per_character"] > 0 and results["validation_questions"] == 6
-    assert {"prepare", "tokenize", "pretrain", "finetune", "score"} <= set(results["seconds"])
+    assert {"prepare", "tokenize", "pretrain", "finetune", "evaluate"} <= set(results["seconds"])
     for stage in ("pretrain", "finetune"):
         assert len((finished / stage / "metrics.jsonl").read_text("utf-8").splitlines()) == 12
     transformers = pytest.importorskip("transformers")

@@ -49,6 +49,19 @@ def fit_prompt(tokenizer: Tokenizer, messages: Sequence[Message], context: int, 
             return head + ids[len(ids) - (limit - len(head)) :]
 
 
+def prompt_of(tokenizer: Tokenizer, example: Example, context: int, room: int) -> list[int]:
+    """What the model reads before it answers an example's last question, with `room` left for the answer."""
+    return fit_prompt(tokenizer, messages_of(example), context, room)
+
+
+def encode_reference(tokenizer: Tokenizer, example: Example, context: int) -> tuple[list[int], int]:
+    """An example's prompt, its reference answer and the token that closes it, and the position where the answer
+    begins. At most `context` + 1 tokens: of an answer longer than that the end is cut."""
+    answer = [*tokenizer.encode(example.answer), tokenizer.end_of_text]
+    prompt = prompt_of(tokenizer, example, context, min(len(answer), context // 2))
+    return (prompt + answer)[: context + 1], len(prompt)
+
+
 def answer_questions(
     model: GLM,
     tokenizer: Tokenizer,

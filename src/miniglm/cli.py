@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 corpus_app = typer.Typer(help="书：目录、取书、检查文件。", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
+qa_app = typer.Typer(help="问答：查泄漏、分训练和验证。", no_args_is_help=True)
+app.add_typer(qa_app, name="qa")
 
 Out = Annotated[Path, typer.Option("--out", help="运行目录，所有结果都在里面")]
 RecipeFile = Annotated[
@@ -180,9 +182,17 @@ def sample(
     top_p: TopP = 1.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 1337,
+    evaluate: Annotated[
+        bool, typer.Option("--eval", help="当作问题来回答，按旁边的 labels.txt 评分，直方图写进运行目录")
+    ] = False,
     device: Device = None,
 ) -> None:
     """续写一段文字，不重复开头。"""
+    if evaluate:
+        if top_p != 1.0 or repetition_penalty != 1.0 or temperature <= 0:
+            raise MiniGLMError("--eval 只用温度（大于 0）和 top-k 采样", fix="去掉 --top-p 和 --repetition-penalty")
+        _sample_eval(run, start, temperature, top_k, seed, device)
+        return
     from miniglm.chat import continue_text
 
     if start.startswith("FILE:"):
@@ -206,6 +216,28 @@ def sample(
         if len(repeated) > 1:
             print(f"—— {repeated[i][:30]} ——")
         print(text)
+
+
+def _sample_eval(run: Path, start: str, temperature: float, top_k: int, seed: int, device: str | None) -> None:
+    path = Path(start.removeprefix("FILE:"))
+    if not start.startswith("FILE:") or not path.is_file():
+        raise MiniGLMError("--eval 要 --start FILE:文件，文件里一行一个问题", path=path)
+    from miniglm.evaluation.evaluate import Settings, Subject, sample_and_score
+    from miniglm.pipeline import find_model
+
+    model, tokenizer = _load(run, device)
+    subject = Subject(run.name, find_model(run), model, tokenizer)
+    found = sample_and_score(subject, path, run, Settings(temperature=temperature, top_k=top_k, seed=seed))
+    for row in found["rows"]:
+        print(
+            f"问：{row['question']}\n答：{row['answer']}\n（参考：{row['reference']}；ROUGE-L {row['rouge_l']:.2f}）\n"
+        )
+    for name, title in (("rouge_l", "ROUGE-L"), ("self_perplexity", "自困惑度（对自己抽样的答案，只说明有多肯定）")):
+        if (value := found[name]) is not None:
+            print(
+                f"{title}：{value['count']} 个答案的平均 {value['mean']:.3f}，95% 区间 {value['low']:.3f}–{value['high']:.3f}"
+            )
+    print(f"直方图 {run / 'rouge_l.png'}、{run / 'perplexity.png'}，数字 {run / 'sample_eval.json'}")
 
 
 @app.command()
@@ -304,11 +336,156 @@ def demo(
 
     run = _open(out, recipe, minutes, book, qa, device, encoding, simplify, allow_bad_lines)
     pipeline.demo(run, begun)
-    for line in pipeline.report_lines(run):
+    for line in pipeline.report_lines(pipeline.read_report(out)):
         print(line)
-    say(f"损失曲线 {out / 'loss.png'}，全部数字 {out / 'results.json'}，模型 {out / 'model'}")
+    say(f"评测报告 {out / 'report' / 'report.html'}，损失曲线 {out / 'loss.png'}，模型 {out / 'model'}")
     if not no_chat and run.results().get("validation_questions") is not None:
         chat(out, device=device)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    qa: Annotated[
+        list[Path] | None, typer.Option("--qa", help="问这些问题，而不是运行自己的；任何一种问答格式")
+    ] = None,
+    text: Annotated[Path | None, typer.Option("--text", help="量这篇文字的比特/字，而不是小说的验证部分")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="只评 val、unseen 或 train，可给多次；不给就都评，并排报告")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="每题答几次；多于一次就按温度抽样")] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="温度；不给时答一次取 0（最可能的），多次取 0.8")
+    ] = None,
+    top_k: TopK = 0,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="每一部分最多这么多题，均匀地取")] = None,
+    seed: Seed = 1337,
+    against: Annotated[Path | None, typer.Option("--against", help="与这个运行的报告比较", metavar="RUN")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="接着上次停下的评测")] = False,
+    device: Device = None,
+) -> None:
+    """评测：分数、置信区间、与检索基线比较，写成报告（RUN/report）。"""
+    from miniglm import pipeline
+    from miniglm.evaluation.evaluate import Settings
+    from miniglm.ui import say
+
+    names = [pipeline.SPLIT_NAMES.get(name, "") for name in split or []]
+    if not all(names) or (qa and len(names) > 1):
+        found, expected = "、".join(split or []), "一个名字" if qa else "名字"
+        raise MiniGLMError(f"--split 是 {found}，应为 val、unseen、train 中的{expected}")
+    if temperature is None:
+        temperature = 0.0 if samples == 1 else 0.8
+    elif temperature == 0 and samples > 1:
+        raise MiniGLMError("--temperature 0 每次的答案都一样，不必 --samples 多次", fix="例如 --temperature 0.8")
+    try:
+        report = pipeline.evaluate(
+            run,
+            qa=qa or [],
+            text=text,
+            splits=names,
+            settings=Settings(samples=samples, temperature=temperature, top_k=top_k, seed=seed, limit=limit),
+            earlier=against,
+            resume=resume,
+            device=device,
+        )
+    except KeyboardInterrupt:
+        print("\n已停止，做完的题都留着；加 --resume 再运行就会接着做。", file=sys.stderr)
+        raise typer.Exit(130) from None
+    for line in pipeline.report_lines(report):
+        print(line)
+    say(f"报告 {run / 'report' / 'report.html'}，全部数字 {run / 'report' / 'report.json'}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="两个或更多做过评测的运行；后面的都和第一个比", metavar="RUN RUN…")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="数字和图写到这个目录")] = Path("compare"),
+) -> None:
+    """比较几次运行：逐题的差和置信区间，一张表，一张图。"""
+    if len(runs) < 2:
+        raise MiniGLMError(f"只给了 {len(runs)} 个运行，至少要两个", fix="例如 miniglm compare runs/a runs/b")
+    from rich.console import Console
+
+    from miniglm.evaluation.compare import compare_reports, comparison_table, write_comparison
+    from miniglm.evaluation.evaluate import keep_dated
+    from miniglm.pipeline import read_report
+    from miniglm.ui import say
+
+    comparison = compare_reports([read_report(run) for run in runs], [str(run) for run in runs])
+    keep_dated(out)
+    write_comparison(comparison, out)
+    Console().print(comparison_table(comparison))
+    say(f"图 {out / 'compare.png'}，数字 {out / 'compare.json'}")
+
+
+@qa_app.command("check")
+def qa_check(
+    files: Annotated[
+        list[Path], typer.Argument(help="第一个是训练的问答，其余是评测的；只有一个就看它每十题留一题会怎样")
+    ],
+    similarity: Annotated[float, typer.Option(min=0.1, max=1, help="相似度不低于它就算几乎相同的问题")] = 0.8,
+    out: Annotated[Path | None, typer.Option("--out", help="全部结果写到这个 JSON 文件")] = None,
+) -> None:
+    """查泄漏：训练和评测里相同或几乎相同的问题、相同的答案、整句照抄的答案。"""
+    import json
+
+    from rich.console import Console
+
+    from miniglm.evaluation.summary import leak_report, leak_table
+    from miniglm.files import write_whole
+    from miniglm.qa.formats import read_examples
+    from miniglm.qa.leaks import split_every_tenth
+
+    sets = {str(file): list(read_examples(file).examples) for file in files}
+    train = sets.pop(str(files[0]))
+    if not sets:
+        halves = split_every_tenth(train)
+        train, sets = halves.train, {f"{files[0]} 的每十题留一题": halves.validation}
+    report = leak_report(train, sets, similarity=similarity, shown=10 if out is None else None)
+    console = Console()
+    for part in leak_table(report):
+        console.print(part)
+    if out is not None:
+        write_whole(out, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+
+
+@qa_app.command("split")
+def qa_split(
+    file: Annotated[Path, typer.Argument(help="问答文件")],
+    out: Annotated[Path, typer.Option("--out", help="train.jsonl、validation.jsonl、test.jsonl 写到这个目录")],
+    shares: Annotated[str, typer.Option("--shares", help="训练、验证、测试各占多少")] = "0.8,0.1,0.1",
+    seed: Seed = 1337,
+    similarity: Annotated[float, typer.Option(min=0.1, max=1, help="相似度不低于它的问题分在同一边")] = 0.8,
+    every_tenth: Annotated[
+        bool, typer.Option("--every-tenth", help="参考作业的分法：每十题的第十题做验证。会泄漏，只为比较")
+    ] = False,
+) -> None:
+    """分成训练、验证、测试；几乎相同的问题、相同的答案不会分在两边。"""
+    from miniglm.qa.formats import read_examples, to_row, write_jsonl
+    from miniglm.qa.leaks import split_every_tenth, split_groups
+
+    try:
+        first, second, third = map(float, shares.split(","))
+        if min(first, second, third) < 0 or abs(first + second + third - 1) > 1e-6 or first == 0:
+            raise ValueError
+    except ValueError:
+        raise MiniGLMError(
+            f"--shares 是 {shares!r}，应为三个加起来是 1 的数，训练大于 0", fix="例如 0.8,0.1,0.1"
+        ) from None
+    examples = list(read_examples(file).examples)
+    if every_tenth:
+        parts = split_every_tenth(examples)
+    else:
+        parts = split_groups(examples, seed=seed, fractions=(first, second, third), similarity=similarity)
+    made = {name: part for name in ("train", "validation", "test") if (part := getattr(parts, name))}
+    for name in made:
+        if (out / f"{name}.jsonl").exists():
+            raise MiniGLMError("这个文件已经有了，不会覆盖", path=out / f"{name}.jsonl", fix="换一个 --out")
+    for name, part in made.items():
+        write_jsonl(out / f"{name}.jsonl", [e.extra or to_row(e) for e in part])
+        print(f"{out / name}.jsonl：{len(part)} 题")
 
 
 @corpus_app.command("list")

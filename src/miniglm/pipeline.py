@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from miniglm.chat import answer_questions
 from miniglm.checkpoint import RunFolder, load_model, save_model
 from miniglm.corpus import Paragraph, load_books, read_paragraphs, split, write_corpus
 from miniglm.dataset import (
@@ -32,17 +31,19 @@ from miniglm.dataset import (
     write_tokens,
 )
 from miniglm.errors import MiniGLMError
-from miniglm.evaluation.measure import bits_per_character, key_accuracy
+from miniglm.evaluation.evaluate import FORMAT as REPORT_FORMAT
+from miniglm.evaluation.evaluate import Part, Settings, Subject, Text, spread
+from miniglm.evaluation.evaluate import evaluate as write_report
+from miniglm.evaluation.measure import bits_per_character
 from miniglm.files import write_whole
-from miniglm.generation import SamplingSettings
 from miniglm.model import GLM
 from miniglm.planning import LENGTHS, Plan, lengths, measure_gigaflops, plan
-from miniglm.qa.formats import Example, read_examples, write_jsonl
+from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
 from miniglm.qa.questions import normalize_question
 from miniglm.recipe import Recipe, load_recipe
 from miniglm.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from miniglm.training import Interrupted, TrainResult, train
-from miniglm.ui import count_bar, download_bar, draw_losses, duration, say, training_bar
+from miniglm.ui import count_bar, download_bar, draw_losses, duration, say, stage_curves, training_bar
 
 FROZEN = (
     ("corpus/summary.json", ("corpus.", "qa.")),
@@ -52,7 +53,7 @@ FROZEN = (
 """Which parts of a recipe have shaped what is on disk once a file is there: these an existing run does not change."""
 MAY_CHANGE = ("qa.allow_bad_lines", *LENGTHS)
 """Ends of the keys among them that it changes all the same."""
-TITLES = {"prepare": "语料和问答", "tokenize": "分词", "pretrain": "预训练", "finetune": "微调"}
+TITLES = {"prepare": "语料和问答", "tokenize": "分词", "pretrain": "预训练", "finetune": "微调", "evaluate": "评测"}
 EVALUATION_ROWS = 32
 
 
@@ -164,10 +165,11 @@ def prepare(run: Run) -> None:
         )
     sets: dict[str, list[Example]] = {}
     counts: dict[str, Any] = {}
-    for name, files in (("train", run.recipe.qa.train), ("validation", run.recipe.qa.validation)):
+    given_qa = run.recipe.qa
+    for name, files in (("train", given_qa.train), ("validation", given_qa.validation), ("unseen", given_qa.unseen)):
         sets[name] = []
         for file in files:
-            found = read_examples(Path(file), allow_bad=run.recipe.qa.allow_bad_lines)
+            found = read_examples(Path(file), allow_bad=given_qa.allow_bad_lines)
             for bad in found.rejected:
                 say(f"跳过 {bad.path} 第 {bad.line} 行：{bad.reason}")
             sets[name] += found.examples
@@ -178,35 +180,18 @@ def prepare(run: Run) -> None:
         sets["train"] = [e for i, e in enumerate(sets["train"]) if i % 10 != 9]
     qa.mkdir(exist_ok=True)
     for name, examples in sets.items():
-        write_jsonl(qa / f"{name}.jsonl", [_row(example) for example in examples])
+        write_jsonl(qa / f"{name}.jsonl", [to_row(example) for example in examples])
     write_corpus(books, parts, corpus)
     write_whole(qa / "summary.json", json.dumps(counts, ensure_ascii=False, indent=2) + "\n")
     run.note_stage("prepare", time.monotonic() - begun)
     say(
         f"训练 {len(parts.train):,} 段、验证 {len(parts.validation):,} 段（{parts.duplicates_moved} 段因与训练部分重复移回训练）；"
-        f"问答 训练 {len(sets['train']):,} 条、验证 {len(sets['validation']):,} 条"
+        f"问答 训练 {len(sets['train']):,} 条、验证 {len(sets['validation']):,} 条、没教过的 {len(sets['unseen']):,} 条"
     )
 
 
-def _row(example: Example) -> dict[str, object]:
-    """An example in a form that `read_examples` reads back."""
-    if len(example.turns) == 1 and not example.system:
-        kept = {k: v for k, v in example.extra.items() if k in ("chapter", "evidence")}
-        row: dict[str, object] = {"question": example.question, "answer": example.answer} | kept
-    else:
-        messages = [{"role": "system", "content": example.system}] if example.system else []
-        for turn in example.turns:
-            messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
-        row = {"messages": messages}
-    if example.id:
-        row["id"] = example.id
-    if example.keys:
-        row["keys"] = [list(group) for group in example.keys]
-    return row
-
-
 def examples(run: Run, name: str) -> list[Example]:
-    """The run's `train` or `validation` questions and answers; empty where it has none."""
+    """The run's `train`, `validation` or `unseen` questions and answers; empty where it has none."""
     path = run.path / "qa" / f"{name}.jsonl"
     return list(read_examples(path).examples) if path.exists() and path.stat().st_size else []
 
@@ -382,43 +367,147 @@ def finetune(run: Run, seconds: float | None = None) -> None:
     save_model(run.path / "model", best, tokenizer)
 
 
-def score(run: Run, *, limit: int | None = None) -> dict[str, Any]:
-    """What the finished model reached, on data it was not trained on and, for comparison, on training questions.
+SPLITS = {
+    "validation": ("验证题", "训练时教过的事实，换了没见过的问法"),
+    "unseen": ("没教过的题", "训练问答里没有的事实，只有书里讲到"),
+    "train": ("训练题", "训练时见过的问法"),
+}
+"""The parts of a run's questions in the order of the report: title, and what the part is."""
+SPLIT_NAMES = {"val": "validation"} | {name: name for name in SPLITS}
+"""As a user writes them."""
+
+
+def evaluate(
+    path: Path,
+    *,
+    qa: Sequence[Path] = (),
+    text: Path | None = None,
+    splits: Sequence[str] = (),
+    settings: Settings | None = None,
+    earlier: Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Measures the model of a run folder, or of a model folder with `qa` or `text`, and writes PATH/report.
 
     Args:
-        limit: at most so many questions of each part; default all of validation and as many of training.
+        qa: questions to ask in place of the run's own.
+        text: a text to measure in place of the run's validation part.
+        splits: names of `SPLITS`; all by default. With `qa`, what these questions are called.
+        earlier: a run with a report, to compare with.
+
+    Raises:
+        MiniGLMError: there is no model, or nothing to evaluate.
+    """
+    settings = settings or Settings()
+    folder = find_model(path)
+    before = None if earlier is None else read_report(earlier)
+    run = Run(path) if (path / "run.json").exists() else None
+    where = pick_device(device or ("auto" if run is None else run.recipe.run.device))
+    model, tokenizer = load_model(folder, device=str(where))
+    if qa:
+        found = [e for file in qa for e in _questions(file)]
+        name = splits[0] if splits else "given"
+        title, about = SPLITS.get(name, ("给定的题", "用 --qa 给出的问答"))
+        source = "、".join(file.name for file in qa)
+        parts = [Part(name, title, about, source, spread(found, settings.limit), len(found))]
+    else:
+        parts = [] if run is None else _own_parts(run, splits, settings.limit)
+    subject = Subject(
+        name=path.resolve().name,
+        folder=folder,
+        model=model,
+        tokenizer=tokenizer,
+        train=[] if run is None else examples(run, "train"),
+        losses=stage_curves(path),
+        earlier=before,
+    )
+    return write_report(
+        subject, parts, _text(run, text, tokenizer), settings, path / "report", resume=resume, bar=count_bar
+    )
+
+
+def _questions(file: Path) -> list[Example]:
+    found = read_examples(file, need_answer=False)
+    for bad in found.rejected:
+        say(f"跳过 {bad}")
+    return list(found.examples)
+
+
+def _own_parts(run: Run, splits: Sequence[str], limit: int | None) -> list[Part]:
+    """The run's own questions. Of the training questions no more than of the validation ones: they are there for
+    comparison."""
+    parts = []
+    for name, (title, about) in SPLITS.items():
+        found = examples(run, name)
+        if not found or (splits and name not in splits):
+            continue
+        most = limit
+        if name == "train" and not splits:
+            most = min(limit or len(found), len(examples(run, "validation")) or len(found))
+        parts.append(Part(name, title, about, f"qa/{name}.jsonl", spread(found, most), len(found)))
+    if splits and not parts:
+        titles = "、".join(SPLITS[name][0] for name in splits)
+        raise MiniGLMError(f"这个运行没有{titles}", path=run.path / "qa", fix="用 --qa 给出问答文件，或换一个 --split")
+    return parts
+
+
+def _text(run: Run | None, file: Path | None, tokenizer: Tokenizer) -> Text | None:
+    if file is not None:
+        text = "\n\n".join(_join(book.paragraphs) for book in load_books([str(file)]))
+        return Text(file.name, tokenizer.encode(text), len(text))
+    tokens = None if run is None else run.path / "tokens" / "validation.npy"
+    if run is None or tokens is None or not tokens.exists():
+        return None
+    ids = read_tokens(tokens)
+    # As training measures it: the characters less the paragraphs' ends between books.
+    return Text("小说的验证部分", ids.tolist(), _meta(run)["validation_characters"]) if len(ids) else None
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """report.json of a run folder, of a report folder, or the file itself.
+
+    Raises:
+        MiniGLMError: there is none, or it is damaged or of another version.
+    """
+    known = (path, path / "report.json", path / "report" / "report.json")
+    file = next((each for each in known if each.is_file()), None)
+    if file is None:
+        raise MiniGLMError("这里没有评测报告", path=path, fix=f"先运行 miniglm evaluate {path}")
+    try:
+        report: dict[str, Any] = json.loads(file.read_text("utf-8-sig"))
+        form = report["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise MiniGLMError("不是完整的评测报告", path=file, fix="请重新运行 miniglm evaluate") from None
+    if form != REPORT_FORMAT:
+        raise MiniGLMError(f"评测报告的格式是 {form}，这个版本只认 {REPORT_FORMAT}", path=file, fix="请重新评测")
+    return report
+
+
+def score(run: Run, *, limit: int | None = None) -> dict[str, Any]:
+    """Evaluates the finished model and notes its main figures in results.json.
+
+    Args:
+        limit: at most so many questions of each part.
     """
     begun = time.monotonic()
-    made = make_plan(run)
-    model, tokenizer = load_model(run.path / "model", device=str(run.device))
-    found: dict[str, Any] = {"text_bits_per_character": round(_text_bits(run, model, tokenizer, made), 4)}
-    validation = examples(run, "validation")
-    if validation:
-        found["answer_bits_per_character"] = round(_answer_bits(run, model, tokenizer, made), 4)
-    settings = SamplingSettings(max_new_tokens=made.context // 2, stop_ids=tokenizer.stop_ids)
-    train_examples = examples(run, "train")
-    count = min(limit or len(validation), len(validation))
-
-    def spread(part: list[Example]) -> list[Example]:
-        """`count` of them from the whole book, not from its first chapters."""
-        return part[:: max(1, len(part) // max(1, count))][:count]
-
-    for name, part in (("validation", spread(validation)), ("train", spread(train_examples))):
-        if not part:
-            continue
-        with count_bar("验证题" if name == "validation" else "训练题", len(part)) as bar:
-            answers = answer_questions(model, tokenizer, part, settings, progress=bar)
-        accuracy, marked = key_accuracy(answers, part)
-        found[f"{name}_key_accuracy"] = None if accuracy is None else round(accuracy, 4)
-        found[f"{name}_questions"] = marked
-        write_jsonl(
-            run.path / f"answers_{name}.jsonl",
-            [_row(e) | {"prediction": answer} for e, answer in zip(part, answers, strict=True)],
-        )
+    try:
+        report = evaluate(run.path, settings=Settings(limit=limit), resume=True, device=str(run.device))
+    except KeyboardInterrupt:
+        raise Interrupted from None
+    found: dict[str, Any] = {}
+    if report["text"] is not None:
+        found["text_bits_per_character"] = report["text"]["bits_per_character"]["mean"]
+    for part in report["splits"]:
+        scores = part["scores"]
+        found[f"{part['name']}_key_accuracy"] = scores["key_accuracy"]["mean"] if "key_accuracy" in scores else None
+        found[f"{part['name']}_questions"] = part["with_keys"]
+        if part["name"] == "validation" and "bits_per_character" in scores:
+            found["answer_bits_per_character"] = scores["bits_per_character"]["mean"]
     found["peak_memory_mib"] = peak_memory()
     run.note(**found)
-    run.note_stage("score", time.monotonic() - begun)
-    return found
+    run.note_stage("evaluate", time.monotonic() - begun)
+    return report
 
 
 def peak_memory() -> int | None:
@@ -453,9 +542,6 @@ def find_model(path: Path, *, pretrained: bool = False) -> Path:
     )
 
 
-__all__ = ["Interrupted", "Run", "examples", "find_model", "finetune", "prepare", "pretrain", "score", "tokenize"]
-
-
 SCORE_SHARE = 0.08
 """Share of the minutes kept for scoring, loading and drawing."""
 SHOWN = 5
@@ -470,28 +556,39 @@ def demo(run: Run, begun: float) -> None:
         total = 60 * run.recipe.run.minutes
         seconds = max(0.25 * total, total * (1 - SCORE_SHARE) - (time.monotonic() - begun))
     finetune(run, seconds)
-    if "text_bits_per_character" not in run.results():
+    if not (run.path / "report" / "report.json").exists():
         score(run, limit=None if (run.recipe.run.minutes or 0) >= 5 else 200)
         run.note_stage("all", time.monotonic() - begun)
 
 
-def report_lines(run: Run) -> list[str]:
-    """What the run reached, for a reader: scores on validation data, then a few questions with their answers."""
-    results = run.results()
-    lines = [f"验证部分的小说：{results['text_bits_per_character']:.2f} 比特/字（越低越好，模型没有见过这些段落）"]
-    if "answer_bits_per_character" in results:
-        lines.append(f"验证题的参考答案：{results['answer_bits_per_character']:.2f} 比特/字")
-    for name, title in (("validation", "验证题（同样的事实，没见过的问法）"), ("train", "训练题（见过的问法）")):
-        if results.get(f"{name}_key_accuracy") is not None:
-            lines.append(
-                f"{title}：{results[f'{name}_key_accuracy']:.1%} 答对要点（{results[f'{name}_questions']} 题）"
-            )
-    path = run.path / "answers_validation.jsonl"
-    if path.exists():
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        step = max(1, len(rows) // SHOWN)
-        for row in rows[step // 2 :: step][:SHOWN]:
-            question = row.get("question") or row["messages"][-2]["content"]
-            answer = row.get("answer") or row["messages"][-1]["content"]
-            lines += ["", f"问：{question}", f"答：{row['prediction']}", f"（参考：{answer}）"]
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """A report for the terminal: how good, on what, compared with what, then a few questions with their answers."""
+
+    def shown(found: dict[str, Any], percent: bool) -> str:
+        mean, low, high = (found[key] * (100 if percent else 1) for key in ("mean", "low", "high"))
+        return f"{mean:.1f}%（{low:.1f}–{high:.1f}）" if percent else f"{mean:.2f}（{low:.2f}–{high:.2f}）"
+
+    lines = []
+    if report["text"] is not None:
+        text = report["text"]
+        lines.append(f"{text['source']}：{shown(text['bits_per_character'], False)} 比特/字，越低越好")
+    for part in report["splits"]:
+        scores, baseline = part["scores"], part["baseline"] or {}
+        line = f"{part['title']}（{part['about']}；{part['questions']} 题）："
+        name, title = ("key_accuracy", "要点全中") if "key_accuracy" in scores else ("rouge_l", "ROUGE-L")
+        if name not in scores:
+            lines.append(line + "没有要点也没有参考答案，只列出回答")
+            continue
+        line += f"{title} {shown(scores[name], True)}"
+        if name in baseline:
+            line += f"，照搬最像的训练题的答案（BM25）{shown(baseline[name], True)}"
+        if "bits_per_character" in scores:
+            line += f"；参考答案 {shown(scores['bits_per_character'], False)} 比特/字"
+        lines.append(line)
+    if lines:
+        lines.append("括号里是 95% 置信区间（自助法）。")
+    rows = report["splits"][0]["rows"] if report["splits"] else []
+    for row in spread(rows, SHOWN):
+        lines += ["", f"问：{row['question']}", f"答：{row['answers'][0]}"]
+        lines += [f"（参考：{row['reference']}）"] if row["reference"] else []
     return lines

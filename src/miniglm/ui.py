@@ -91,6 +91,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
 
 
+def stage_curves(run: Path) -> dict[str, list[tuple[float, float]]]:
+    """Of both stages, (minutes, training loss in nats a token) and, as `STAGE_validation`, (minutes, bits a
+    character); empty lists where nothing was trained."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name in ("pretrain", "finetune"):
+        rows = read_metrics(run / name / "metrics.jsonl")
+        curves[name] = [(r["elapsed"] / 60, r["loss"]) for r in rows if isinstance(r["loss"], float)]
+        curves[f"{name}_validation"] = [
+            (r["elapsed"] / 60, r["validation"]["score"]) for r in rows if "validation" in r
+        ]
+    return curves
+
+
 def draw_losses(run: Path) -> None:
     """Draws training loss (nats a token) and validation (bits a character) of both stages into RUN/loss.png."""
     import matplotlib
@@ -98,11 +111,10 @@ def draw_losses(run: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    stages = [(n, read_metrics(run / n / "metrics.jsonl")) for n in ("pretrain", "finetune")]
+    curves = stage_curves(run)
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, (name, rows) in zip(axes, stages, strict=True):
-        points = [(r["elapsed"] / 60, r["loss"]) for r in rows if isinstance(r["loss"], float)]
-        checks = [(r["elapsed"] / 60, r["validation"]["score"]) for r in rows if "validation" in r]
+    for axis, name in zip(axes, ("pretrain", "finetune"), strict=True):
+        points, checks = curves[name], curves[f"{name}_validation"]
         axis.set(title=name, xlabel="minutes", ylabel="training loss (nats per token)")
         axis.grid(alpha=0.3)
         axis.yaxis.label.set_color("#66758a")

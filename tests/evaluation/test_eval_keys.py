@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from miniglm.evaluation.keys import holds_keys, key_hits
-from miniglm.evaluation.measure import key_accuracy
+from miniglm.evaluation.summary import Said, split_report
 from miniglm.qa.formats import Example, Turn
 
 DATA = Path(__file__).parents[2] / "data" / "sanguo"
@@ -60,5 +60,7 @@ def test_accuracy_counts_marked_questions_only() -> None:
         Example((Turn("谁？", "他"),)),
         Example((Turn("谁？", "x"),), keys=(("刘备",),)),
     ]
-    assert key_accuracy(["是曹操", "？", "是孙权"], examples) == (0.5, 2)
-    assert key_accuracy(["？"], examples[1:2]) == (None, 0)
+    said = [Said((answer,), ("stop",)) for answer in ("是曹操", "？", "是孙权")]
+    found = split_report(examples, said, None, None)
+    assert found["scores"]["key_accuracy"]["mean"] == 0.5 and found["scores"]["key_accuracy"]["count"] == 2
+    assert "key_accuracy" not in split_report(examples[1:2], said[1:2], None, None)["scores"]

@@ -447,6 +447,23 @@ def read_examples(path: str | Path, *, allow_bad: bool = False, need_answer: boo
     return QASet(examples, rejected, name or shape)
 
 
+def to_row(example: Example) -> dict[str, object]:
+    """An example in a form that `read_examples` reads back."""
+    if len(example.turns) == 1 and not example.system:
+        kept = {k: v for k, v in example.extra.items() if k in ("chapter", "evidence")}
+        row: dict[str, object] = {"question": example.question, "answer": example.answer} | kept
+    else:
+        messages = [{"role": "system", "content": example.system}] if example.system else []
+        for turn in example.turns:
+            messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
+        row = {"messages": messages}
+    if example.id:
+        row["id"] = example.id
+    if example.keys:
+        row["keys"] = [list(group) for group in example.keys]
+    return row
+
+
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Writes one JSON object a line, UTF-8; the file appears whole or not at all. Makes missing folders.
 
