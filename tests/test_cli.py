@@ -181,6 +181,12 @@ def test_help_is_quick_and_chinese() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
+def test_no_verb_loads_what_only_pictures_need() -> None:
+    code = "import sys, miniglm.pipeline, miniglm.chat; assert 'matplotlib' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_without_questions_continues_text(tmp_path: Path, material: Path) -> None:
     out = tmp_path / "run"
     done = miniglm(

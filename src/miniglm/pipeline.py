@@ -35,15 +35,17 @@ from miniglm.evaluation.evaluate import FORMAT as REPORT_FORMAT
 from miniglm.evaluation.evaluate import Part, Settings, Subject, Text, spread
 from miniglm.evaluation.evaluate import evaluate as write_report
 from miniglm.evaluation.measure import bits_per_character
+from miniglm.evaluation.pictures import draw_losses
 from miniglm.files import write_whole
 from miniglm.model import GLM
 from miniglm.planning import LENGTHS, Plan, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
+from miniglm.qa.leaks import split_every_tenth
 from miniglm.qa.questions import normalize_question
 from miniglm.recipe import Recipe, load_recipe
 from miniglm.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from miniglm.training import Interrupted, TrainResult, train
-from miniglm.ui import count_bar, download_bar, draw_losses, duration, say, stage_curves, training_bar
+from miniglm.ui import count_bar, download_bar, duration, say, stage_curves, training_bar
 
 FROZEN = (
     ("corpus/summary.json", ("corpus.", "qa.")),
@@ -175,9 +177,8 @@ def prepare(run: Run) -> None:
             sets[name] += found.examples
             counts[file] = {"format": found.format, "examples": len(found.examples), "rejected": len(found.rejected)}
     if sets["train"] and not sets["validation"]:
-        # Every tenth for validation, as in the reference.
-        sets["validation"] = sets["train"][9::10]
-        sets["train"] = [e for i, e in enumerate(sets["train"]) if i % 10 != 9]
+        halves = split_every_tenth(sets["train"])
+        sets |= {"train": halves.train, "validation": halves.validation}
     qa.mkdir(exist_ok=True)
     for name, examples in sets.items():
         write_jsonl(qa / f"{name}.jsonl", [to_row(example) for example in examples])
@@ -289,6 +290,9 @@ def _train(
     meta = _meta(run)
     begun = time.monotonic()
 
+    def draw() -> None:
+        draw_losses(stage_curves(run.path), run.path / "loss.png")
+
     def save_best(scores: dict[str, float]) -> None:
         save_model(folder / "model", model, tokenizer)
 
@@ -302,10 +306,10 @@ def _train(
             evaluate=evaluate,
             save_best=save_best,
             on_progress=bar,
-            on_evaluation=lambda: draw_losses(run.path),
+            on_evaluation=draw,
         )
     write_whole(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
-    draw_losses(run.path)
+    draw()
     run.note_stage(name, result.elapsed)
     say(
         f"{title}完成：{result.steps} 步，最好的验证 {result.best['score']:.3f} 比特/字，用时 {duration(time.monotonic() - begun)}"
@@ -456,11 +460,9 @@ def _text(run: Run | None, file: Path | None, tokenizer: Tokenizer) -> Text | No
     if file is not None:
         text = "\n\n".join(_join(book.paragraphs) for book in load_books([str(file)]))
         return Text(file.name, tokenizer.encode(text), len(text))
-    tokens = None if run is None else run.path / "tokens" / "validation.npy"
-    if run is None or tokens is None or not tokens.exists():
+    if run is None or not (run.path / "tokens" / "validation.npy").exists():
         return None
-    ids = read_tokens(tokens)
-    # As training measures it: the characters less the paragraphs' ends between books.
+    ids = read_tokens(run.path / "tokens" / "validation.npy")
     return Text("小说的验证部分", ids.tolist(), _meta(run)["validation_characters"]) if len(ids) else None
 
 

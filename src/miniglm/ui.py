@@ -1,4 +1,4 @@
-"""What the long steps show: lines, progress bars with the time left, and the picture of the losses."""
+"""What the long steps show: lines, progress bars with the time left, and the curves of their losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from miniglm.files import written_whole
 from miniglm.training import Progress as TrainingProgress
 
 console = Console(stderr=True, highlight=False)
@@ -102,29 +101,3 @@ def stage_curves(run: Path) -> dict[str, list[tuple[float, float]]]:
             (r["elapsed"] / 60, r["validation"]["score"]) for r in rows if "validation" in r
         ]
     return curves
-
-
-def draw_losses(run: Path) -> None:
-    """Draws training loss (nats a token) and validation (bits a character) of both stages into RUN/loss.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    curves = stage_curves(run)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, name in zip(axes, ("pretrain", "finetune"), strict=True):
-        points, checks = curves[name], curves[f"{name}_validation"]
-        axis.set(title=name, xlabel="minutes", ylabel="training loss (nats per token)")
-        axis.grid(alpha=0.3)
-        axis.yaxis.label.set_color("#66758a")
-        if points:
-            axis.plot(*zip(*points, strict=True), color="#9aa7b8", linewidth=0.8, label="training loss")
-        if checks:
-            right = axis.twinx()
-            right.plot(*zip(*checks, strict=True), "o-", color="#c2410c", markersize=3, label="validation")
-            right.set_ylabel("validation (bits per character)", color="#c2410c")
-            right.annotate(f"{checks[-1][1]:.2f}", checks[-1], textcoords="offset points", xytext=(-4, 8), ha="right")
-    with written_whole(run / "loss.png") as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)

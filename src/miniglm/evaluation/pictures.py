@@ -9,15 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from miniglm.files import written_whole
+
+if TYPE_CHECKING:  # matplotlib takes a third of a second to import, and most verbs draw nothing
+    from matplotlib.axes import Axes
 
 MODEL, BASELINE, MARK, INK = "#2b6cb0", "#a9b4c2", "#c2410c", "#334155"
 
@@ -57,6 +56,9 @@ def picture(path: Path, panels: int, *, size: tuple[float, float], sharex: bool 
 
     `size` is the width and height in inches.
     """
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):
         # A Figure of its own, not pyplot's: it is drawn by Agg whatever backend the caller has, and none stays open.
         figure = Figure(figsize=size, layout="constrained")
@@ -93,6 +95,8 @@ def _histogram(axis: Axes, values: Sequence[float], *, title: str, log: bool, lo
     if log:
         axis.set_xscale("log")
         if top < 20 * low:  # powers of ten would leave hardly a tick
+            from matplotlib.ticker import MaxNLocator
+
             axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axis.xaxis.set_minor_formatter(lambda value, _: "")
@@ -152,8 +156,9 @@ def _perplexity(report: Mapping[str, Any], path: Path) -> bool:
     return _histograms(report, path, "perplexity_token", label, log=True)
 
 
-def _losses(report: Mapping[str, Any], path: Path) -> bool:
-    losses = report.get("losses") or {}
+def draw_losses(losses: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> bool:
+    """Training loss and validation of both stages over the minutes, from `ui.stage_curves` or a report's `losses`.
+    Returns whether there was anything to draw."""
     stages = [
         (stage, losses.get(stage) or [], losses.get(f"{stage}_validation") or []) for stage in ("pretrain", "finetune")
     ]
@@ -180,6 +185,10 @@ def _losses(report: Mapping[str, Any], path: Path) -> bool:
                 )
                 right.margins(y=0.15)
     return True
+
+
+def _losses(report: Mapping[str, Any], path: Path) -> bool:
+    return draw_losses(report["losses"], path)
 
 
 def _pair_of_bars(axis: Axes, labels: Sequence[str], pairs: Sequence[Mapping[str, Any]], *, values: bool) -> None:
