@@ -15,7 +15,7 @@ import torch
 from miniglm import checkpoint
 from miniglm.checkpoint import RunFolder, load_model, load_state, save_model, save_state
 from miniglm.errors import MiniGLMError
-from miniglm.files import write_whole
+from miniglm.files import keep_dated, write_whole
 from miniglm.model import GLM, ModelConfig
 from miniglm.optimizer import build_optimizers
 from miniglm.tokenizer import Tokenizer, train_tokenizer
@@ -221,3 +221,21 @@ def test_a_run_folder_is_marked_and_nothing_else_is_taken_for_one(tmp_path: Path
         RunFolder(tmp_path / "new").create_or_open()
     with pytest.raises(MiniGLMError, match="是一个文件"):
         RunFolder(tmp_path / "new" / "run.json").create_or_open()
+
+
+def test_what_is_in_the_way_is_kept_or_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_dated(tmp_path / "nothing")
+    for text in ("first", "second"):
+        (tmp_path / "a.txt").write_text(text, "utf-8")
+        os.utime(tmp_path / "a.txt", (0, 0))  # made in the same second
+        keep_dated(tmp_path / "a.txt")
+    assert sorted(p.read_text("utf-8") for p in tmp_path.glob("a-*.txt")) == ["first", "second"]
+    (tmp_path / "a.txt").write_text("third", "utf-8")
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(MiniGLMError, match=r"a\.txt"):
+        keep_dated(tmp_path / "a.txt")
+    assert (tmp_path / "a.txt").read_text("utf-8") == "third"

@@ -22,6 +22,7 @@ from miniglm.checkpoint import load_model, save_model
 from miniglm.evaluation import evaluate as evaluation
 from miniglm.evaluation.baseline import NearestQuestion
 from miniglm.evaluation.keys import holds_keys
+from miniglm.evaluation.summary import LEAKS_SHOWN, Said
 from miniglm.qa.formats import Example, Turn
 
 Report = dict[str, Any]
@@ -121,6 +122,12 @@ def test_a_stopped_evaluation_goes_on_and_ends_like_an_undisturbed_one(
         assert [row["answers"] for row in before["rows"]] == [row["answers"] for row in after["rows"]]
         assert before["scores"]["key_accuracy"] == after["scores"]["key_accuracy"]
     assert not list(run.glob("report-*"))
+
+
+def test_the_journal_gives_back_what_was_said_whatever_characters_it_has(tmp_path: Path) -> None:
+    said = Said(("一\u2028二\x85三\x0b", '{"a": 1}'), ("stop", "length"), 1.5, 3)
+    evaluation._Journal(tmp_path / "journal").add("validation", [4], [said], 0.5)
+    assert evaluation._Journal(tmp_path / "journal").said == {("validation", 4): said}
 
 
 def test_ctrl_c_keeps_what_is_done(run: Path) -> None:
@@ -236,6 +243,7 @@ def test_leaks_are_found_and_a_split_by_groups_has_none(tmp_path: Path) -> None:
         "qa", "check", data / "train.jsonl", data / "val.jsonl", data / "unseen.jsonl", "--out", tmp_path / "leaks.json"
     )
     assert done.returncode == 0 and "1,587（100.0%）" in done.stdout, done.stderr
+    assert done.stdout.count("问题不同而答案相同") == 1 + LEAKS_SHOWN  # all are in the file
     found = json.loads((tmp_path / "leaks.json").read_text("utf-8"))["splits"]
     assert [
         found[str(data / name)][kind] for name in ("val.jsonl", "unseen.jsonl") for kind in ("question", "answer")

@@ -199,9 +199,9 @@ def sample(
         path = Path(start.removeprefix("FILE:"))
         if not path.is_file():
             raise MiniGLMError("没有这个文件", path=path, fix="FILE: 后面写一个文本文件，一行一个开头")
-        from miniglm.corpus.reading import read_text
+        from miniglm.corpus.reading import read_lines
 
-        prompts = [line.strip() for line in read_text(path)[0].splitlines() if line.strip()]
+        prompts = read_lines(path)
     else:
         prompts = [start]
     if not all(prompts):
@@ -409,7 +409,7 @@ def compare(
     from rich.console import Console
 
     from miniglm.evaluation.compare import compare_reports, comparison_table, write_comparison
-    from miniglm.evaluation.evaluate import keep_dated
+    from miniglm.files import keep_dated
     from miniglm.pipeline import read_report
     from miniglm.ui import say
 
@@ -443,7 +443,7 @@ def qa_check(
     if not sets:
         halves = split_every_tenth(train)
         train, sets = halves.train, {f"{files[0]} 的每十题留一题": halves.validation}
-    report = leak_report(train, sets, similarity=similarity, shown=10 if out is None else None)
+    report = leak_report(train, sets, similarity=similarity, shown=None)
     console = Console()
     for part in leak_table(report):
         console.print(part)

@@ -1,4 +1,5 @@
-"""Writing files whole or not at all, the one way for all of the project. Knows nothing of what is in them."""
+"""Writing files whole or not at all, the one way for all of the project, and keeping what was there before. Knows
+nothing of what is in them."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,6 +55,26 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write `content` to `path`, text as UTF-8, whole or not at all (see `written_whole`)."""
     with written_whole(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def keep_dated(path: Path) -> None:
+    """Move the file or folder at `path`, if there is one, to a name with the time it was made, so that something new
+    can take its place.
+
+    Raises:
+        MiniGLMError: it cannot be moved.
+    """
+    if not path.exists():
+        return
+    made = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+    number, dated = 1, path.with_name(f"{path.stem}-{made}{path.suffix}")
+    while dated.exists():
+        number += 1
+        dated = path.with_name(f"{path.stem}-{made}-{number}{path.suffix}")
+    try:
+        path.rename(dated)
+    except OSError as error:
+        raise MiniGLMError(f"改不了名（{error.strerror}），没有动它", path=path, fix="请检查文件夹的写权限") from None
 
 
 def clean_temporaries(folder: Path) -> None:

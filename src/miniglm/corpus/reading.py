@@ -82,6 +82,15 @@ def read_text(path: Path, encoding: str | None = None) -> Reading:
     return decode(data, path=path, encoding=encoding)
 
 
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not blank, stripped.
+
+    Raises:
+        MiniGLMError: as `read_text`.
+    """
+    return [line.strip() for line in read_text(path)[0].splitlines() if line.strip()]
+
+
 def decode(data: bytes, *, path: str | Path, encoding: str | None = None) -> Reading:
     """Turn bytes into text; `path` is only for messages.
 

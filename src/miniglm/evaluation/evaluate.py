@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from miniglm import __version__
 from miniglm.chat import encode_reference, prompt_of
-from miniglm.corpus.reading import read_text
+from miniglm.corpus.reading import read_lines
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.baseline import NearestQuestion
 from miniglm.evaluation.compare import against
@@ -28,7 +28,7 @@ from miniglm.evaluation.pictures import draw_all, draw_histogram
 from miniglm.evaluation.report import write_page
 from miniglm.evaluation.scores import CopyIndex, bootstrap_interval, characters, ratio_interval, rouge_l
 from miniglm.evaluation.summary import Said, interval, leak_report, missing_extras, split_report
-from miniglm.files import write_whole
+from miniglm.files import keep_dated, write_whole
 from miniglm.generation import Engine, SamplingSettings
 from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
@@ -206,20 +206,6 @@ def _fingerprint(examples: Sequence[Example]) -> str:
     return hashlib.sha256(json.dumps(rows, ensure_ascii=True).encode()).hexdigest()
 
 
-def keep_dated(path: Path) -> Path | None:
-    """Moves what is at `path` to a name with the time it was made, so that something new can take its place. Returns
-    where it is now; None where there was nothing."""
-    if not path.exists():
-        return None
-    made = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
-    number, dated = 1, path.with_name(f"{path.stem}-{made}{path.suffix}")
-    while dated.exists():
-        number += 1
-        dated = path.with_name(f"{path.stem}-{made}-{number}{path.suffix}")
-    path.rename(dated)
-    return dated
-
-
 def _open_folder(folder: Path, request: dict[str, Any], resume: bool) -> None:
     stopped = folder / REQUEST
     if resume and stopped.exists() and not (folder / REPORT).exists():
@@ -236,11 +222,8 @@ def _open_folder(folder: Path, request: dict[str, Any], resume: bool) -> None:
             path=folder,
             fix="去掉 --resume 重新评测（停下的那次会改名留着）",
         )
-    try:
-        keep_dated(folder)
-        write_whole(folder / REQUEST, json.dumps(request, ensure_ascii=False) + "\n")
-    except OSError as error:
-        raise MiniGLMError(f"写不了这个目录（{error.strerror}）", path=folder, fix="请检查写权限") from None
+    keep_dated(folder)
+    write_whole(folder / REQUEST, json.dumps(request, ensure_ascii=False) + "\n")
 
 
 class _Journal:
@@ -251,10 +234,11 @@ class _Journal:
         self.said: dict[tuple[str, int], Said] = {}
         self.seconds = 0.0
         if path.exists():
-            whole = path.read_bytes().rpartition(b"\n")[0]
-            for line in whole.decode("utf-8").splitlines():
+            # At line feeds only: an answer may hold what `str.splitlines` splits at, such as U+2028.
+            *lines, _ = path.read_bytes().split(b"\n")
+            for line in lines:
                 self._take(json.loads(line))
-            write_whole(path, whole + b"\n" if whole else b"")
+            write_whole(path, b"".join(line + b"\n" for line in lines))
 
     def _take(self, line: dict[str, Any]) -> None:
         self.seconds += line["seconds"]
@@ -409,7 +393,7 @@ def sample_and_score(subject: Subject, prompts: Path, folder: Path, sampling: Se
     labels = prompts.with_name("labels.txt")
     if not labels.is_file():
         raise MiniGLMError("没有这个文件", path=labels, fix=f"--eval 要在 {prompts.name} 旁边有它，一行一个参考答案")
-    questions, references = _lines(prompts), _lines(labels)
+    questions, references = read_lines(prompts), read_lines(labels)
     if len(questions) != len(references):
         raise MiniGLMError(
             f"有 {len(references)} 个参考答案，{prompts.name} 有 {len(questions)} 个问题，应当一样多", path=labels
@@ -439,7 +423,3 @@ def sample_and_score(subject: Subject, prompts: Path, folder: Path, sampling: Se
         )
     write_whole(folder / "sample_eval.json", json.dumps(found, ensure_ascii=False, indent=2) + "\n")
     return found
-
-
-def _lines(path: Path) -> list[str]:
-    return [line.strip() for line in read_text(path)[0].splitlines() if line.strip()]

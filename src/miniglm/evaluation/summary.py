@@ -317,7 +317,7 @@ def leak_report(
 
 
 def leak_table(report: dict[str, Any]) -> Iterable[Any]:
-    """A leak report for the terminal: a table of counts, then the examples, as rich prints them."""
+    """A leak report for the terminal, as rich prints it: a table of counts, then `LEAKS_SHOWN` examples of each kind."""
     from rich.table import Table
 
     def folding(*headings: str, **options: Any) -> Table:
@@ -334,7 +334,8 @@ def leak_table(report: dict[str, Any]) -> Iterable[Any]:
     for name, part in report["splits"].items():
         if part["shown"]:
             examples = folding("怎样", "相似度", "评测的问答", "训练的问答", title=name, show_lines=True)
-            for leak in part["shown"]:
+            by_kind = ([leak for leak in part["shown"] if leak["kind"] == kind] for kind in LEAKS)
+            for leak in (leak for of_kind in by_kind for leak in of_kind[:LEAKS_SHOWN]):
                 sides = [
                     f"{leak[q]}\n{leak[a]}" for q, a in (("question", "answer"), ("train_question", "train_answer"))
                 ]
