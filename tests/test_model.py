@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniglm.model import GLM, IGNORE, KVCache, LinearCrossEntropy, ModelConfig
+from miniglm.model import GLM, IGNORE, LinearCrossEntropy, ModelConfig
 
 SHAPES = [(4, 2, True), (4, 4, True), (4, 1, False), (4, 4, False)]
 
@@ -143,17 +143,3 @@ def test_packed_sequences_do_not_see_each_other() -> None:
         packed = model(torch.cat((a, b), 1), positions=positions, mask=mask)
         torch.testing.assert_close(packed[:, :11], model(a), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(packed[:, 11:], model(b), atol=1e-5, rtol=1e-4)
-
-
-def test_cached_logits_are_the_uncached_ones_for_rows_of_different_length() -> None:
-    model = random_model(config())
-    ids = tokens(2, 30)
-    cache = KVCache(model.config, 2, 30, model.device, torch.float32)
-    with torch.inference_mode():
-        full = model(ids)
-        model(ids[:, :9], cache=cache)  # the second row will be continued from its position 5 only
-        for step in range(9, 20):
-            at = torch.tensor([[step], [step - 4]])
-            now = model(ids.gather(1, at), positions=at, cache=cache)
-            torch.testing.assert_close(now[0, 0], full[0, step], atol=1e-5, rtol=1e-4)
-            torch.testing.assert_close(now[1, 0], full[1, step - 4], atol=1e-5, rtol=1e-4)

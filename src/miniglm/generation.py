@@ -9,11 +9,14 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from miniglm.model import GLM, KVCache
+from miniglm.decoding import CachedDecoder
+from miniglm.model import GLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +65,171 @@ class Generation:
     finish_reason: str
 
 
+class Token(NamedTuple):
+    """A token that was taken. Its log-probability (natural, of the model's own distribution, before temperature and
+    the other settings) and the most probable ones with theirs are there only where they were asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Event(NamedTuple):
+    """What a step did to a sequence: a new token, its end, or both. `finish_reason` as in `Generation`."""
+
+    key: int
+    token: Token | None
+    finish_reason: str | None
+
+
 @dataclass(slots=True)
 class _Sequence:
     """A sequence at work: what it holds (prompt and continuation, less what slid out of the window)."""
 
-    index: int
+    key: int
     settings: SamplingSettings
     ids: list[int]
     made: int = 0
     rng: random.Random = field(default_factory=random.Random)
     seen: set[int] = field(default_factory=set)
+    logprobs: int | None = None
+
+
+class ContinuousBatch:
+    """Sequences that join and leave at every step, each with its own settings (Yu et al. 2022, Orca, OSDI '22).
+
+    What is made of a sequence does not depend on the others, up to the rounding of matrix products of other shape.
+
+    Args:
+        model: must not change as long as this is used.
+        slots: sequences at once.
+        capacity: tokens that a sequence may hold; default and at most the model's context. Where one becomes longer,
+            its window slides (docs/generation.md).
+        prefix_length: tokens at the beginning that stay when the window slides.
+    """
+
+    def __init__(self, model: GLM, slots: int, *, capacity: int | None = None, prefix_length: int = 2) -> None:
+        self.slots, self.prefix_length = slots, prefix_length
+        self.context = model.config.max_position_embeddings
+        self.decoder = CachedDecoder(model, slots, min(capacity or self.context, self.context))
+        self.live: list[_Sequence] = []  # in the order of the decoder's slots; read up to their last token
+        self.joining: list[_Sequence] = []
+        self._keys = 0
+
+    @property
+    def free(self) -> int:
+        """How many sequences may still be added."""
+        return self.slots - len(self.live) - len(self.joining)
+
+    def add(self, prompt: Sequence[int], settings: SamplingSettings, *, logprobs: int | None = None) -> int:
+        """Takes in a sequence; it makes its first token in the next step.
+
+        Args:
+            logprobs: each token of it comes with its log-probability and so many of the most probable ones.
+
+        Returns:
+            The key under which `step` reports on it.
+
+        Raises:
+            ValueError: an empty prompt, or no slot is free.
+        """
+        if not prompt:
+            raise ValueError("an empty prompt")
+        if self.free <= 0:
+            raise ValueError(f"all {self.slots} slots are taken")
+        self._keys += 1
+        self.joining.append(
+            _Sequence(
+                key=self._keys,
+                settings=settings,
+                ids=self._window(list(prompt)),
+                rng=random.Random(settings.seed),
+                seen=set(prompt),
+                logprobs=logprobs,
+            )
+        )
+        return self._keys
+
+    def remove(self, key: int) -> None:
+        """Drops a sequence that nobody waits for any more; a key that has ended already is no error."""
+        self.joining = [s for s in self.joining if s.key != key]
+        for slot, sequence in enumerate(self.live):
+            if sequence.key == key:
+                self._free(slot)
+                return
+
+    def _free(self, slot: int) -> None:
+        last = self.live.pop()
+        if slot < len(self.live):  # the last one fills the hole
+            self.decoder.move(len(self.live), slot, len(last.ids))
+            self.live[slot] = last
+
+    def _window(self, ids: list[int]) -> list[int]:
+        """What the model reads of a sequence: all of it, or prefix and last half if it is longer than the context."""
+        if len(ids) <= self.context:
+            return ids
+        half = max(1, self.context // 2)
+        return ids[: min(self.prefix_length, self.context - half)] + ids[len(ids) - half :]
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Makes one token of every sequence; what ended is gone from the batch afterwards."""
+        logits: list[Tensor] = []
+        if self.live:
+            over = [slot for slot, s in enumerate(self.live) if len(s.ids) > self.context]
+            for slot in over:
+                self.live[slot].ids = self._window(self.live[slot].ids)
+            read = self.decoder.step([s.ids[-1] for s in self.live], [len(s.ids) - 1 for s in self.live])
+            for slot in over:  # its positions have changed, so all of it is read anew
+                read[slot] = self.decoder.prefill([self.live[slot].ids], slot)[0]
+            logits.append(read)
+        for group in _by_length(self.joining):
+            logits.append(self.decoder.prefill([s.ids for s in group], len(self.live)))
+            self.live += group
+        self.joining = []
+        if not self.live:
+            return []
+        scores = torch.cat(logits) if len(logits) > 1 else logits[0]
+        raw = scores.clone() if any(s.logprobs is not None for s in self.live) else None
+        events: list[Event] = []
+        ended: list[int] = []
+        for slot, (sequence, token) in enumerate(zip(self.live, sample(scores, self.live), strict=True)):
+            if token in sequence.settings.stop_ids:
+                events.append(Event(sequence.key, None, "stop"))
+                ended.append(slot)
+                continue
+            sequence.ids.append(token)
+            sequence.seen.add(token)
+            sequence.made += 1
+            taken = Token(token)
+            if raw is not None and sequence.logprobs is not None:
+                taken = _with_logprobs(token, raw[slot], sequence.logprobs)
+            done = sequence.made >= sequence.settings.max_new_tokens
+            events.append(Event(sequence.key, taken, "length" if done else None))
+            if done:
+                ended.append(slot)
+        for slot in reversed(ended):
+            self._free(slot)
+        return events
+
+
+def _by_length(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
+    """Groups that are worth reading together: none much longer than the shortest, so that little is padding."""
+    group: list[_Sequence] = []
+    for sequence in sorted(sequences, key=lambda s: len(s.ids)):
+        if group and len(sequence.ids) > 1.5 * len(group[0].ids) + 16:
+            yield group
+            group = []
+        group.append(sequence)
+    if group:
+        yield group
+
+
+def _with_logprobs(token: int, logits: Tensor, count: int) -> Token:
+    """logits: (V,)."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return Token(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 class Engine:
@@ -85,25 +243,28 @@ class Engine:
         self.model, self.prefix_length = model, prefix_length
         self.context = model.config.max_position_embeddings
 
-    def _window(self, ids: list[int]) -> list[int]:
-        """What the model reads of a sequence: all of it, or prefix and last half if it is longer than the context."""
-        if len(ids) <= self.context:
-            return ids
-        half = max(1, self.context // 2)
-        return ids[: min(self.prefix_length, self.context - half)] + ids[len(ids) - half :]
+    def _run(
+        self, prompts: Sequence[Sequence[int]], each: Sequence[SamplingSettings], order: Sequence[int], slots: int
+    ) -> Iterator[list[tuple[int, Token | None, str | None]]]:
+        """Keeps at most `slots` of the prompts running, taken in this order: (prompt's index, token, finish reason)."""
+        if any(not prompt for prompt in prompts):
+            raise ValueError("an empty prompt")
+        if not prompts:
+            return
+        longest = max(len(p) + s.max_new_tokens for p, s in zip(prompts, each, strict=True))
+        batch = ContinuousBatch(
+            self.model, min(slots, len(prompts)), capacity=longest, prefix_length=self.prefix_length
+        )
+        index: dict[int, int] = {}
+        waiting = iter(order)
+        while True:
+            for i in islice(waiting, batch.free):
+                index[batch.add(prompts[i], each[i])] = i
+            events = batch.step()
+            if not events:
+                return
+            yield [(index[key], token, reason) for key, token, reason in events]
 
-    def _prefill(self, cache: KVCache, rows: Sequence[int], sequences: Sequence[_Sequence]) -> Tensor:
-        """Reads whole sequences into their rows of the cache; logits after the last token of each, (batch, V)."""
-        device = self.model.device
-        lengths = torch.tensor([len(s.ids) for s in sequences], device=device)
-        longest = int(lengths.max())
-        ids = torch.tensor([s.ids + [0] * (longest - len(s.ids)) for s in sequences], device=device)
-        # What stands right of a shorter sequence is never seen: later tokens overwrite it before they look there.
-        hidden = self.model(ids, cache=cache, rows=torch.tensor(rows, device=device))
-        last = hidden[torch.arange(len(sequences), device=device), lengths - 1]
-        return self.model.logits(last)
-
-    @torch.inference_mode()
     def stream(
         self, prompts: Sequence[Sequence[int]], settings: SamplingSettings | Sequence[SamplingSettings]
     ) -> Iterator[list[tuple[int, int]]]:
@@ -113,56 +274,9 @@ class Engine:
             ValueError: an empty prompt.
         """
         each = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else list(settings)
-        if any(not prompt for prompt in prompts):
-            raise ValueError("an empty prompt")
-        live = [
-            _Sequence(i, s, self._window(list(p)), rng=random.Random(s.seed), seen=set(p))
-            for i, (p, s) in enumerate(zip(prompts, each, strict=True))
-        ]
-        if not live:
-            return
-        device = self.model.device
-        longest = max(len(s.ids) + s.settings.max_new_tokens for s in live)
-        dtype = self.model.model.embed_tokens.weight.dtype
-        cache = KVCache(self.model.config, len(live), min(longest, self.context), device, dtype)
-        logits = self._prefill(cache, range(len(live)), live)
-        while True:
-            tokens = sample(logits, live)
-            step: list[tuple[int, int]] = []
-            kept: list[int] = []
-            for row, (sequence, token) in enumerate(zip(live, tokens, strict=True)):
-                if token in sequence.settings.stop_ids:
-                    continue
-                sequence.ids.append(token)
-                sequence.seen.add(token)
-                sequence.made += 1
-                step.append((sequence.index, token))
-                if sequence.made < sequence.settings.max_new_tokens:
-                    kept.append(row)
-            if step:
+        for events in self._run(prompts, each, range(len(prompts)), len(prompts)):
+            if step := [(i, token.id) for i, token, _ in events if token is not None]:
                 yield step
-            if not kept:
-                return
-            if len(kept) < len(live):
-                live = [live[row] for row in kept]
-                cache.keep(torch.tensor(kept, device=device))
-            full = [row for row, s in enumerate(live) if len(s.ids) > self.context]
-            positions = torch.tensor([[len(s.ids) - 1] for s in live], device=device)
-            if full:
-                for row in full:
-                    live[row].ids = self._window(live[row].ids)
-                refilled = self._prefill(cache, full, [live[row] for row in full])
-                rest = [row for row in range(len(live)) if row not in set(full)]
-                logits = torch.empty(len(live), refilled.shape[-1], device=device, dtype=refilled.dtype)
-                logits[full] = refilled
-                if rest:
-                    index = torch.tensor(rest, device=device)
-                    ids = torch.tensor([[live[row].ids[-1]] for row in rest], device=device)
-                    hidden = self.model(ids, positions=positions[index], cache=cache, rows=index)
-                    logits[index] = self.model.logits(hidden[:, -1])
-                continue
-            ids = torch.tensor([[s.ids[-1]] for s in live], device=device)
-            logits = self.model.logits(self.model(ids, positions=positions, cache=cache)[:, -1])
 
     def generate(
         self,
@@ -176,18 +290,18 @@ class Engine:
         of finished prompts."""
         each = [settings] * len(prompts) if isinstance(settings, SamplingSettings) else list(settings)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        results: dict[int, list[int]] = {i: [] for i in order}
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            for step in self.stream([prompts[i] for i in part], [each[i] for i in part]):
-                for row, token in step:
-                    results[part[row]].append(token)
-            if progress:
-                progress(min(start + batch_size, len(order)))
-        return [
-            Generation(results[i], "length" if len(results[i]) >= each[i].max_new_tokens else "stop")
-            for i in range(len(prompts))
-        ]
+        made: list[list[int]] = [[] for _ in prompts]
+        reasons: dict[int, str] = {}
+        for events in self._run(prompts, each, order, batch_size):
+            before = len(reasons)
+            for i, token, reason in events:
+                if token is not None:
+                    made[i].append(token.id)
+                if reason is not None:
+                    reasons[i] = reason
+            if progress and len(reasons) > before:
+                progress(len(reasons))
+        return [Generation(ids, reasons[i]) for i, ids in enumerate(made)]
 
 
 def sample(logits: Tensor, sequences: Sequence[_Sequence]) -> list[int]:

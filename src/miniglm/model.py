@@ -59,6 +59,8 @@ class ModelConfig:
                 f"num_attention_heads = {self.num_attention_heads} "
                 f"不是 num_key_value_heads = {self.num_key_value_heads} 的倍数"
             )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim = {self.head_dim}，应为偶数")
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
             raise ValueError(
                 f"head_dim × partial_rotary_factor = {self.head_dim * self.partial_rotary_factor}，应为偶数"
@@ -140,41 +142,6 @@ class ModelConfig:
         return 6.0 * (self.num_hidden_layers * layer + self.vocab_size * self.hidden_size + scores)
 
 
-class KVCache:
-    """Keys and values of what a batch of sequences has seen, so that a new token costs one position.
-
-    A sequence owns a row; its token at position p lies at index p, so rows of different length live side by side
-    and a query at position p simply sees the keys 0 to p of its row. Preallocated: (rows, capacity, kv heads, head_dim).
-    """
-
-    def __init__(self, config: ModelConfig, rows: int, capacity: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (rows, capacity, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-
-    @property
-    def capacity(self) -> int:
-        return self.keys[0].shape[1]
-
-    def keep(self, rows: Tensor) -> None:
-        """Drops all rows but these, in this order."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-
-    def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores k and v, (batch, seq, kv heads, head_dim), at `positions` (batch, seq) of `rows` (batch,)."""
-        self.keys[layer][rows[:, None], positions] = k
-        self.values[layer][rows[:, None], positions] = v
-
-    def read(self, layer: int, rows: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Keys and values 0 to `length` of `rows`, each (batch, kv heads, length, head_dim)."""
-        k, v = self.keys[layer], self.values[layer]
-        if len(rows) == len(k):  # all rows, the usual case: a view, no copy
-            return k[:, :length].transpose(1, 2), v[:, :length].transpose(1, 2)
-        return k[rows, :length].transpose(1, 2), v[rows, :length].transpose(1, 2)
-
-
 def rotary_table(config: ModelConfig, length: int, device: torch.device | None = None) -> Tensor:
     """Unit complex numbers exp(i · position · theta^(-2j/rotary_dim)), (length, rotary_dim / 2), complex64.
 
@@ -197,9 +164,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245)."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         self.grouped = config.num_key_value_heads != config.num_attention_heads
         bias, size = config.attention_bias, config.hidden_size
         self.q_proj = nn.Linear(size, config.num_attention_heads * config.head_dim, bias=bias)
@@ -207,20 +174,18 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(size, config.num_key_value_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, size, bias=False)
 
-    def forward(
-        self, x: Tensor, table: Tensor, mask: Tensor | None, cache: KVCache | None, at: CacheIndex | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         batch, seq, _ = x.shape
         q = rotate(self.q_proj(x).view(batch, seq, -1, self.head_dim), table)
         k = rotate(self.k_proj(x).view(batch, seq, -1, self.head_dim), table)
         v = self.v_proj(x).view(batch, seq, -1, self.head_dim)
-        if cache is not None and at is not None:
-            cache.write(self.layer, at.rows, at.positions, k, v)
-            keys, values = cache.read(self.layer, at.rows, at.length)
-        else:
-            keys, values = k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.grouped,
         )
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, seq, -1))
         return out
@@ -255,35 +220,18 @@ class RMSNorm(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        table: Tensor,
-        mask: Tensor | None,
-        cache: KVCache | None,
-        at: CacheIndex | None,
-        dropout: float,
-    ) -> Tensor:
-        y = self.self_attn(self.input_layernorm(x), table, mask, cache, at)
+    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), table, mask)
         x = x + (F.dropout(y, dropout) if dropout else y)
         y = self.mlp(self.post_attention_layernorm(x))
         return x + (F.dropout(y, dropout) if dropout else y)
-
-
-@dataclass(frozen=True, slots=True)
-class CacheIndex:
-    """Where a forward pass writes into the cache: rows (batch,), positions (batch, seq), and how far it reads."""
-
-    rows: Tensor
-    positions: Tensor
-    length: int
 
 
 class Decoder(nn.Module):
@@ -292,7 +240,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -345,41 +293,20 @@ class GLM(nn.Module):
             table = self._table = rotary_table(self.config, size, self.device)
         return table[None, :length, None] if positions is None else table[positions][:, :, None]
 
-    def forward(
-        self,
-        ids: Tensor,
-        *,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        rows: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, ids: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm, (batch, seq, D).
 
         Args:
             ids: token ids, (batch, seq).
             positions: (batch, seq), counted from 0 in each sequence; default 0 … seq.
             mask: who sees whom, boolean, (batch or 1, 1, seq, seq); default causal.
-            cache: keys and values so far, written and read at `positions` of `rows`; `mask` is then made here.
-            rows: (batch,) rows of the cache that the sequences own; default all.
         """
-        at = None
-        length = ids.shape[1]
-        if cache is not None:
-            if positions is None:
-                positions = torch.arange(length, device=ids.device).expand(ids.shape)
-            if rows is None:
-                rows = torch.arange(ids.shape[0], device=ids.device)
-            length = int(positions.max()) + 1
-            at = CacheIndex(rows, positions, length)
-            mask = (torch.arange(length, device=ids.device) <= positions[:, :, None])[:, None]
-        elif positions is not None:
-            length = int(positions.max()) + 1
+        length = ids.shape[1] if positions is None else int(positions.max()) + 1
         table = self._rotary(positions, length)
         dropout = self.dropout if self.training else 0.0
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
-            x = layer(x, table, mask, cache, at, dropout)
+            x = layer(x, table, mask, dropout)
         out: Tensor = self.model.norm(x)
         return out
 

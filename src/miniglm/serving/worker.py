@@ -1,0 +1,263 @@
+"""The engine on a thread of its own: requests come from the event loop or any thread, tokens go back to them.
+
+Knows tokens only: nothing of text, HTTP or pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+
+from miniglm.generation import ContinuousBatch, Event, SamplingSettings, Token
+from miniglm.model import GLM
+from miniglm.serving.settings import Limits
+
+PREFILL_TOKENS = 1024
+"""Prompt tokens read in one step: what runs waits for them, a few hundredths of a second on a laptop."""
+
+
+class QueueFull(Exception):
+    """No slot and no place in the queue."""
+
+
+class ShuttingDown(Exception):
+    """Nothing new is taken any more."""
+
+
+class Request:
+    """A sequence that is being made. Its tokens are read once, by one reader: `async for token in request` in the event
+    loop where it was submitted, or `for token in request` in any other thread.
+
+    Attributes:
+        finish_reason: None while it runs, then "stop", "length" or "cancelled".
+    """
+
+    def __init__(self, worker: Worker, prompt: Sequence[int], settings: SamplingSettings, logprobs: int | None) -> None:
+        self.prompt, self.settings, self.logprobs = prompt, settings, logprobs
+        self.finish_reason: str | None = None
+        self._worker = worker
+        self._tokens: deque[Token] = deque()
+        self._error: BaseException | None = None
+        self._done = False
+        self._cancelled = False
+        self._arrived = threading.Event()
+        self._awaited = asyncio.Event()
+        try:
+            self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            self._loop = None
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: it is dropped before the next step. From any thread; twice is once."""
+        self._worker._cancel(self)
+
+    def _take(self) -> list[Token]:
+        """All tokens that have arrived."""
+        taken: list[Token] = []
+        while self._tokens:
+            taken.append(self._tokens.popleft())
+        return taken
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise RuntimeError("generation failed") from self._error
+
+    async def batches(self) -> AsyncIterator[list[Token]]:
+        """What arrived since the last look, one token or more: a reader that is slower than the engine is not asked
+        to do its work for each token. Leaving early cancels the request."""
+        try:
+            while True:
+                self._awaited.clear()
+                done = self._done  # before the look: what comes between is found next time
+                if tokens := self._take():
+                    yield tokens
+                elif done:
+                    self._check()
+                    return
+                else:
+                    await self._awaited.wait()
+        finally:
+            if not self._done:
+                self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        async for tokens in self.batches():
+            for token in tokens:
+                yield token
+
+    def __iter__(self) -> Iterator[Token]:
+        try:
+            while True:
+                self._arrived.clear()
+                done = self._done
+                if tokens := self._take():
+                    yield from tokens
+                elif done:
+                    self._check()
+                    return
+                else:
+                    self._arrived.wait()
+        finally:
+            if not self._done:
+                self.cancel()
+
+    # From here on: called on the engine's thread.
+
+    def _finish(self, reason: str | None, error: BaseException | None = None) -> None:
+        self.finish_reason, self._error, self._done = reason, error, True
+
+
+def _wake(requests: Sequence[Request]) -> None:
+    for request in requests:
+        request._awaited.set()
+
+
+class Worker:
+    """Runs a model for many requests at once, first come first served.
+
+    Args:
+        limits: `slots` and `queue` of them are meant here.
+    """
+
+    def __init__(self, model: GLM, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
+        self.context = model.config.max_position_embeddings
+        self.tokens = 0
+        self._model = model
+        self._change = threading.Condition()
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, Request] = {}
+        self._gone: list[Request] = []
+        self._closing = False
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._run, name="miniglm-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        """Sequences at work."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without a slot."""
+        return len(self._waiting)
+
+    def submit(self, prompt: Sequence[int], settings: SamplingSettings, *, logprobs: int | None = None) -> Request:
+        """Puts a sequence into the queue.
+
+        Args:
+            logprobs: its tokens come with their log-probability and so many of the most probable ones.
+
+        Raises:
+            QueueFull: as many run and wait as the limits allow.
+            ShuttingDown: after `close`.
+            ValueError: an empty prompt.
+        """
+        if not prompt:
+            raise ValueError("an empty prompt")
+        request = Request(self, prompt, settings, logprobs)
+        with self._change:
+            if self._closing:
+                raise ShuttingDown
+            if len(self._waiting) + len(self._running) >= self.limits.slots + self.limits.queue:
+                raise QueueFull
+            self._waiting.append(request)
+            self._change.notify()
+        return request
+
+    def close(self, timeout: float) -> None:
+        """Takes nothing new, lets what is there finish for `timeout` seconds, drops the rest, and ends the thread."""
+        with self._change:
+            self._closing = True
+            self._deadline = time.monotonic() + timeout
+            self._change.notify()
+        self._thread.join()
+
+    def _cancel(self, request: Request) -> None:
+        with self._change:
+            if not request._done and not request._cancelled:
+                request._cancelled = True
+                self._gone.append(request)
+                self._change.notify()
+
+    def _run(self) -> None:
+        batch = self._new_batch()
+        while self._wait():
+            finished = self._drop(batch)
+            try:
+                self._admit(batch)
+                events = batch.step()
+            except Exception as error:  # whatever it is: those who wait must hear of it, and the next must be served
+                for request in self._running.values():
+                    request._finish(None, error)
+                    finished.append(request)
+                self._running.clear()
+                events, batch = [], self._new_batch()
+            self._deliver(events, finished)
+
+    def _new_batch(self) -> ContinuousBatch:
+        return ContinuousBatch(self._model, self.limits.slots)
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False when all is done and closed."""
+        with self._change:
+            while not (self._waiting or self._running or self._gone):
+                if self._closing:
+                    return False
+                self._change.wait()
+            if time.monotonic() > self._deadline:
+                self._gone += [*self._running.values(), *self._waiting]
+            return True
+
+    def _drop(self, batch: ContinuousBatch) -> list[Request]:
+        """Takes out those whose client has gone."""
+        with self._change:
+            gone, self._gone = self._gone, []
+            dropped = {id(request) for request in gone if not request._done}
+            self._waiting = deque(request for request in self._waiting if id(request) not in dropped)
+        for key in [key for key, request in self._running.items() if id(request) in dropped]:
+            batch.remove(key)
+            del self._running[key]
+        finished = [request for request in gone if id(request) in dropped]
+        for request in finished:
+            request._finish("cancelled")
+        return finished
+
+    def _admit(self, batch: ContinuousBatch) -> None:
+        room = PREFILL_TOKENS
+        while batch.free and room > 0:
+            with self._change:
+                if not self._waiting:
+                    return
+                request = self._waiting.popleft()
+                key = batch.add(request.prompt, request.settings, logprobs=request.logprobs)
+                self._running[key] = request
+            room -= min(len(request.prompt), self.context)
+
+    def _deliver(self, events: Sequence[Event], finished: list[Request]) -> None:
+        changed = finished
+        for key, token, reason in events:
+            request = self._running[key]
+            if token is not None:
+                request._tokens.append(token)
+                self.tokens += 1
+            if reason is not None:
+                request._finish(reason)
+                del self._running[key]
+            changed.append(request)
+        # One call into each event loop a step, not one for each sequence: the loop is woken through a socket.
+        loops: dict[asyncio.AbstractEventLoop, list[Request]] = {}
+        for request in changed:
+            request._arrived.set()
+            if request._loop is not None:
+                loops.setdefault(request._loop, []).append(request)
+        for loop, requests in loops.items():
+            try:
+                loop.call_soon_threadsafe(_wake, requests)
+            except RuntimeError:  # the loop is closed: its readers have gone
+                for request in requests:
+                    self._cancel(request)
