@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from miniglm.decoding import CachedDecoder
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM, DecoderLayer, ModelConfig
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> GLM:
@@ -75,10 +75,12 @@ def test_adapters_in_place_of_matrices_are_not_passed_over() -> None:
             return 2 * super().forward(x)
 
     model = random_model(PLAIN)
-    plain = model.model.layers[0].self_attn.o_proj
+    layer = model.model.layers[0]
+    assert isinstance(layer, DecoderLayer)
+    plain = layer.self_attn.o_proj
     doubled = Doubled(plain.in_features, plain.out_features, bias=False)
     doubled.load_state_dict(plain.state_dict())
-    model.model.layers[0].self_attn.o_proj = doubled
+    layer.self_attn.o_proj = doubled
     expected = model.logits(model(torch.tensor([[1, 2, 3, 4]])))[0, -1]
     decoder = CachedDecoder(model, slots=1, capacity=16)
     decoder.prefill([[1, 2, 3]], 0)

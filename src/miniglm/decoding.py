@@ -149,7 +149,7 @@ class CachedDecoder:
         return self.model.logits(hidden) if self.head is None else hidden @ self.head
 
 
-def _matrices(layer: DecoderLayer) -> list[nn.Module]:
+def _matrices(layer: DecoderLayer) -> Sequence[nn.Module]:
     attention, mlp = layer.self_attn, layer.mlp
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
 
@@ -157,7 +157,7 @@ def _matrices(layer: DecoderLayer) -> list[nn.Module]:
 def _pack(layer: DecoderLayer) -> _Packed:
     attention, mlp = layer.self_attn, layer.mlp
     three = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [module.bias for module in three if module.bias is not None]
+    biases: list[Tensor] = [module.bias for module in three if module.bias is not None]
     return _Packed(
         qkv=torch.cat([module.weight for module in three]).t().contiguous(),
         qkv_bias=torch.cat(biases) if biases else None,
