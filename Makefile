@@ -1,7 +1,7 @@
 # make install | demo | test | lint | clean      (without make: see README)
 PYTHON ?= python3
 VENV := .venv
-EXTRAS := epub,eval
+EXTRAS := epub,eval,serve
 # Further arguments: make demo ARGS="--minutes 30", make install PIP_FLAGS="--index-url https://…"
 ARGS ?=
 PIP_FLAGS ?=

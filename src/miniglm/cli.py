@@ -317,10 +317,65 @@ def chat(
 
 
 @app.command()
+def serve(
+    run: Annotated[
+        Path | None, typer.Argument(help="运行目录或模型目录；有 --backend 时只为它的报告和例题", metavar="RUN")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="在哪个地址上提供服务；0.0.0.0 是对外开放")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="端口；0 是随便一个空着的")] = 7860,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key", envvar="MINIGLM_API_KEY", help="API 和页面要这个 key；写在环境变量里，别的用户就看不到"
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="模型在这个 OpenAI 兼容的服务里，如 http://host:8000/v1；只开页面")
+    ] = None,
+    backend_key: Annotated[
+        str | None, typer.Option("--backend-key", envvar="MINIGLM_BACKEND_KEY", help="那个服务的 API key")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option("--cors", help="允许这个网站的页面来请求，如 https://my.site，可给多次")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="把收到的问题打印到 stderr；平时不记")] = False,
+    device: Device = None,
+) -> None:
+    """开服务：聊天页面在 /，OpenAI 兼容的 API 在 /v1。"""
+    from miniglm.serving import server
+
+    server.run(
+        run,
+        host=host,
+        port=port,
+        api_key=api_key,
+        backend=backend,
+        backend_key=backend_key,
+        cors=cors or (),
+        log_prompts=log_prompts,
+        device=device,
+    )
+
+
+def _serve_demo(run: Path, device: str | None) -> None:
+    """The page, where it is installed; else the chat in the terminal, where there is one."""
+    from miniglm.serving import server
+    from miniglm.ui import say
+
+    if server.missing():
+        say('页面要装扩展 serve：pip install -e ".[serve]"')
+        if sys.stdin.isatty():
+            chat(run, device=device)
+        return
+    port = server.PORT if server.port_free("127.0.0.1", server.PORT) else 0
+    server.run(run, port=port, open_browser=True, device=device)
+
+
+@app.command()
 def demo(
     minutes: Minutes = None,
     out: Out = Path("runs/demo"),
-    no_chat: Annotated[bool, typer.Option("--no-chat", help="训练完不打开聊天")] = False,
+    no_serve: Annotated[bool, typer.Option("--no-serve", "--no-chat", help="训练完不打开页面")] = False,
     recipe: RecipeFile = None,
     book: BookOption = None,
     qa: QAOption = None,
@@ -329,7 +384,7 @@ def demo(
     simplify: Simplify = None,
     allow_bad_lines: AllowBad = False,
 ) -> None:
-    """从一本书到一个会回答的模型：取书、训练、报告成绩、聊天。中断后再运行会接着做。"""
+    """从一本书到一个会回答的模型：取书、训练、报告成绩、打开聊天页面。中断后再运行会接着做。"""
     begun = time.monotonic()
     from miniglm import pipeline
     from miniglm.ui import say
@@ -339,8 +394,8 @@ def demo(
     for line in pipeline.report_lines(pipeline.read_report(out)):
         print(line)
     say(f"评测报告 {out / 'report' / 'report.html'}，损失曲线 {out / 'loss.png'}，模型 {out / 'model'}")
-    if not no_chat and run.results().get("validation_questions") is not None:
-        chat(out, device=device)
+    if not no_serve:
+        _serve_demo(out, device)
 
 
 @app.command()

@@ -119,10 +119,15 @@ class StopScanner:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that is new, and the tokens that it ends (a token's text may come later than the token)."""
+    """Text that is new, and the tokens whose text is out with it (a token may come before its text is certain).
+
+    Attributes:
+        offsets: where each token's text begins in the whole text, in characters.
+    """
 
     text: str
     tokens: tuple[Token, ...]
+    offsets: tuple[int, ...]
 
 
 class Answer:
@@ -147,7 +152,7 @@ class Answer:
         self._request.cancel()
 
     def _due(self, text: str) -> Delta:
-        """`text` with the tokens that it completes."""
+        """`text` with the tokens that are out with it."""
         self._sent += len(text)
         whole = self._sent == self._read and not self._scanner.found
         cut = len(self._pending)
@@ -155,27 +160,30 @@ class Answer:
             cut = sum(begin < self._sent for begin, _ in self._pending)
             if not self._scanner.found and cut:  # the last of these may go on in what is held back
                 cut -= 1
-        tokens = tuple(token for _, token in self._pending[:cut])
+        due = self._pending[:cut]
         del self._pending[:cut]
-        return Delta(text, tokens)
+        return Delta(text, tuple(token for _, token in due), tuple(begin for begin, _ in due))
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         detokenizer = StreamingDetokenizer(self._tokenizer)
         try:
-            async for token in self._request:
-                self.tokens += 1
-                self._pending.append((self._read, token))
-                try:
-                    text = detokenizer.add(token.id)
-                except ValueError:  # a row of the embedding that no token has
-                    text = ""
-                self._read += len(text)
-                if text:
-                    delta = self._due(self._scanner.add(text))
-                    if delta.text or delta.tokens:
-                        yield delta
+            async for tokens in self._request.batches():
+                text = ""
+                for token in tokens:
+                    self.tokens += 1
+                    self._pending.append((self._read, token))
+                    try:
+                        piece = detokenizer.add(token.id)
+                    except ValueError:  # a row of the embedding that no token has
+                        continue
+                    self._read += len(piece)
+                    text += self._scanner.add(piece)
+                    if self._scanner.found:
+                        self.finish_reason = "stop"
+                        break
+                if text or self._scanner.found:
+                    yield self._due(text)
                 if self._scanner.found:
-                    self.finish_reason = "stop"
                     return
             rest = detokenizer.finish()
             self._read += len(rest)
@@ -186,6 +194,8 @@ class Answer:
             delta = self._due(text)
             if delta.text or delta.tokens:
                 yield delta
+        except Exception as error:  # whatever made the engine fail: its traceback goes along as the cause
+            raise ServiceError("生成时出错，详情见服务端的输出") from error
         finally:
             self._request.cancel()
 
@@ -197,7 +207,7 @@ class LocalService:
         model_id: the name it has in the API.
     """
 
-    def __init__(self, model_id: str, model: GLM, tokenizer: Tokenizer, limits: Limits = Limits()) -> None:
+    def __init__(self, model_id: str, model: GLM, tokenizer: Tokenizer, limits: Limits) -> None:
         self.model_id, self.tokenizer, self.limits = model_id, tokenizer, limits
         self.context = model.config.max_position_embeddings
         self.worker = Worker(model, limits)

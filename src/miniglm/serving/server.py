@@ -1,0 +1,384 @@
+"""One server: the page at /, the API under /v1, /healthz, /metrics and /report; how it starts and how it ends.
+
+Heavy imports (gradio above all) are inside the functions: the command line looks here before it knows what is wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from miniglm.errors import MiniGLMError
+from miniglm.serving.settings import Limits
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
+
+    from miniglm.serving.guards import State
+    from miniglm.serving.service import Service
+
+PORT = 7860
+_NEEDED = ("fastapi", "uvicorn", "gradio", "httpx", "prometheus_client")
+_LAST_BYTES_SECONDS = 1.0
+"""For what was generated to reach its readers, at the end."""
+
+
+def missing() -> list[str]:
+    """The packages of the extra `serve` that are not installed."""
+    return [name for name in _NEEDED if find_spec(name) is None]
+
+
+def port_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    try:
+        bind(host, port).close()
+    except MiniGLMError:
+        return False
+    return True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at that address, not yet listening. Port 0 takes a free one.
+
+    Raises:
+        MiniGLMError: the port is taken or reserved, or there is no such address here.
+    """
+    if not 0 <= port < 65536:
+        raise MiniGLMError(f"--port 是 {port}，应为 0 到 65535", fix="例如 --port 7860；0 是随便一个空着的")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError):
+        raise MiniGLMError(
+            f"--host 是 {host!r}，找不到这个地址", fix="只在本机用写 127.0.0.1，对外写 0.0.0.0"
+        ) from None
+    family, kind, protocol, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    sock = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # on Windows this would let two servers share the port
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen()  # a second server could bind the same port until one listens
+    except OSError as error:
+        sock.close()
+        fix = "换一个，例如 --port 0 取一个空着的"
+        if isinstance(error, PermissionError):
+            raise MiniGLMError(f"没有权限用端口 {port}", fix=fix) from None
+        raise MiniGLMError(f"不能在 {host} 的端口 {port} 上提供服务（{error.strerror}）", fix=fix) from None
+    return sock
+
+
+def model_name(run: Path) -> str:
+    """The model's name in the API: the run folder's."""
+    path = run.resolve()
+    return (path.parent.name if path.name == "model" else path.name) or "miniglm"
+
+
+def create_app(
+    service: Service,
+    limits: Limits,
+    state: State,
+    *,
+    run: Path | None = None,
+    api_key: str | None = None,
+    loopback: bool = True,
+    cors: Sequence[str] = (),
+    log_prompts: bool = False,
+    page: bool = True,
+) -> FastAPI:
+    """All routes behind all guards.
+
+    Args:
+        run: the run folder whose report is shown and whose `feedback.jsonl` is appended to.
+        page: with the page, which takes seconds to load.
+    """
+    from fastapi import FastAPI
+    from fastapi.responses import FileResponse, JSONResponse, Response
+    from starlette.middleware.cors import CORSMiddleware
+
+    from miniglm import __version__
+    from miniglm.serving.api import create_router, install_errors
+    from miniglm.serving.guards import Body, Clients, Key, Measure, Origins
+    from miniglm.serving.metrics import Metrics
+    from miniglm.serving.schema import ApiError
+    from miniglm.serving.service import LocalService
+
+    local = service if isinstance(service, LocalService) else None
+    metrics = Metrics(local.worker if local else None)
+    app = FastAPI(title="miniGLM", version=__version__, docs_url=None, redoc_url=None)
+    install_errors(app)
+    if local:
+        app.include_router(create_router(local, limits, metrics, log_prompts=log_prompts))
+
+    @app.get("/healthz", include_in_schema=False)
+    async def health() -> Response:
+        return JSONResponse({"status": "draining" if state.draining else "ok"}, 503 if state.draining else 200)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def numbers() -> Response:
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/report", include_in_schema=False)
+    async def report() -> Response:
+        file = None if run is None else run / "report" / "report.html"
+        if file is None or not file.is_file():
+            raise ApiError(404, "没有评测报告：运行 miniglm evaluate RUN 会写一份")
+        return FileResponse(file)
+
+    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
+    async def nothing(rest: str) -> Response:
+        only = "没有这个地址" if local else "这里只有页面；模型在 --backend 给的服务那里"
+        raise ApiError(404, only)
+
+    if page:
+        from miniglm.serving.page import mount_page
+
+        app = mount_page(app, service, run)
+    # The last one added sees a request first.
+    app.add_middleware(Body, limits=limits)
+    app.add_middleware(Clients, limits=limits)
+    if api_key is not None:
+        app.add_middleware(Key, key=api_key, limits=limits)
+    if cors:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Origins, allowed=cors, loopback=loopback)
+    app.add_middleware(Measure, state=state, metrics=metrics)
+    return app
+
+
+def run(
+    folder: Path | None,
+    *,
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    api_key: str | None = None,
+    backend: str | None = None,
+    backend_key: str | None = None,
+    limits: Limits | None = None,
+    open_browser: bool = False,
+    log_prompts: bool = False,
+    device: str | None = None,
+    cors: Sequence[str] = (),
+) -> None:
+    """Serves until it is told to end (Ctrl-C, SIGTERM).
+
+    Args:
+        folder: a run or model folder; None with `backend`.
+        backend: the address of an OpenAI-compatible server, `http://host:8000/v1`, that has the model instead.
+
+    Raises:
+        MiniGLMError: no model, a taken port, or packages that are not installed.
+    """
+    if absent := missing():
+        raise MiniGLMError(
+            f"没有安装 {'、'.join(absent)}", fix='服务要装扩展 serve：pip install -e ".[serve]"，或 make install'
+        )
+    if api_key is not None and not api_key.strip():
+        raise MiniGLMError("--api-key 是空的", fix="给一个长的随机字符串，或者不写这个选项")
+    limits = limits or Limits()
+    sock = bind(host, port)
+    with contextlib.closing(sock):
+        service = _open_service(folder, backend, backend_key, limits, device)
+        _serve(service, sock, folder, limits, api_key, open_browser, log_prompts, cors)
+
+
+def _open_service(
+    folder: Path | None, backend: str | None, backend_key: str | None, limits: Limits, device: str | None
+) -> Service:
+    if backend is not None:
+        from miniglm.serving.backend import RemoteService
+
+        return RemoteService(backend, backend_key)
+    if folder is None:
+        raise MiniGLMError("没有给出模型", fix="给出运行目录，例如 miniglm serve runs/demo，或者 --backend 网址")
+    from miniglm.checkpoint import load_model
+    from miniglm.pipeline import find_model, pick_device
+    from miniglm.serving.service import LocalService
+
+    model, tokenizer = load_model(find_model(folder), device=str(pick_device(device or "auto")))
+    return LocalService(model_name(folder), model, tokenizer, limits)
+
+
+def _serve(
+    service: Service,
+    sock: socket.socket,
+    folder: Path | None,
+    limits: Limits,
+    api_key: str | None,
+    open_browser: bool,
+    log_prompts: bool,
+    cors: Sequence[str],
+) -> None:
+    from miniglm.serving.guards import State
+    from miniglm.serving.service import LocalService
+    from miniglm.ui import say
+
+    address, port = sock.getsockname()[:2]
+    loopback = ipaddress.ip_address(address).is_loopback
+    state = State()
+    app = create_app(
+        service,
+        limits,
+        state,
+        run=folder,
+        api_key=api_key,
+        loopback=loopback,
+        cors=cors,
+        log_prompts=log_prompts,
+    )
+    _log_to_stderr()
+    _allow_files(limits.connections + 256)
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    url = f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+    def ready() -> None:
+        if not loopback and api_key is None:
+            say(
+                f"注意：{host_text(address)} 对外开放，又没有 API key：能连到这台机器的人都能用。加 --api-key 可以设一个"
+            )
+        what = (
+            f"页面 {url}，API {url}/v1（模型名 {service.model_id}）"
+            if isinstance(service, LocalService)
+            else f"页面 {url}"
+        )
+        say(f"{what}，Ctrl-C 结束")
+        if open_browser and _has_display():
+            import webbrowser
+
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+    async def drain() -> None:
+        if isinstance(service, LocalService):
+            await asyncio.to_thread(service.close, limits.shutdown_seconds)
+
+    server = uvicorn_server(app, limits, state, ready, drain)
+    asyncio.run(server.serve(sockets=[sock]))
+
+
+def host_text(address: str) -> str:
+    """An address a server listens on, as a reader knows it."""
+    return "所有网络地址" if address in ("0.0.0.0", "::") else address
+
+
+def uvicorn_server(
+    app: FastAPI, limits: Limits, state: State, ready: Callable[[], None], drain: Callable[[], Awaitable[None]]
+) -> uvicorn.Server:
+    """The server of `app`; `serve(sockets=[…])` runs it.
+
+    Args:
+        ready: called when requests are answered.
+        drain: returns when what runs has finished, after a signal to end.
+    """
+    import uvicorn
+
+    from miniglm.serving.guards import protocol_class
+
+    config = uvicorn.Config(
+        app,
+        http=protocol_class(limits),
+        ws="none",
+        loop="asyncio",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=int(limits.header_seconds),
+        timeout_graceful_shutdown=1,
+    )
+
+    class Server(uvicorn.Server):
+        """uvicorn's server with another end: it goes on listening while it finishes what runs, so that who comes
+        meanwhile hears why not, and it exits with 0, not by the signal."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            if threading.current_thread() is not threading.main_thread():
+                yield
+                return
+            loop = asyncio.get_running_loop()
+
+            def end(number: int, frame: FrameType | None) -> None:
+                if state.draining:  # the second time: at once
+                    os._exit(128 + number)
+                state.draining = True
+                loop.call_soon_threadsafe(start_draining)
+
+            def start_draining() -> None:
+                self._draining = loop.create_task(self._drain())  # a task that nothing holds may be collected
+
+            known = (signal.SIGINT, signal.SIGTERM)
+            before = {number: signal.signal(number, end) for number in known}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+        async def _drain(self) -> None:
+            try:
+                await drain()
+                last = asyncio.get_running_loop().time() + _LAST_BYTES_SECONDS
+                while state.open and asyncio.get_running_loop().time() < last:
+                    await asyncio.sleep(0.02)
+            finally:
+                self.should_exit = True
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            # What is open still is pages that listen for news, and those who do not read.
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
+            await asyncio.sleep(0.1)
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            await super().shutdown(sockets)
+
+    return Server(config)
+
+
+def _log_to_stderr() -> None:
+    """Our own log and uvicorn's errors, and nothing else of theirs."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("miniglm.serving", logging.INFO), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+def _allow_files(number: int) -> None:
+    """Lets the process open so many files, connections among them, as far as the system permits."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _has_display() -> bool:
+    """Whether there is a screen that a browser could open on, and someone at it."""
+    if not sys.stderr.isatty():
+        return False
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
