@@ -254,6 +254,8 @@ async def _begin(begun: Awaitable[list[Answer]]) -> list[Answer]:
     try:
         return await begun
     except ServiceError as error:
+        if error.status == 422:  # only token ids can be that
+            raise ApiError(422, error.message, param="prompt", code="invalid_value") from None
         raise _refusal(error) from None
 
 

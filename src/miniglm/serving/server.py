@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 PORT = 7860
 _NEEDED = ("fastapi", "uvicorn", "gradio", "httpx", "prometheus_client")
-_LAST_BYTES_SECONDS = 1.0
+_LAST_BYTES_SECONDS = 0.5
 """For what was generated to reach its readers, at the end."""
 
 
@@ -86,78 +88,6 @@ def model_name(run: Path) -> str:
     return (path.parent.name if path.name == "model" else path.name) or "miniglm"
 
 
-def create_app(
-    service: Service,
-    limits: Limits,
-    state: State,
-    *,
-    run: Path | None = None,
-    api_key: str | None = None,
-    loopback: bool = True,
-    cors: Sequence[str] = (),
-    log_prompts: bool = False,
-    page: bool = True,
-) -> FastAPI:
-    """All routes behind all guards.
-
-    Args:
-        run: the run folder whose report is shown and whose `feedback.jsonl` is appended to.
-        page: with the page, which takes seconds to load.
-    """
-    from fastapi import FastAPI
-    from fastapi.responses import FileResponse, JSONResponse, Response
-    from starlette.middleware.cors import CORSMiddleware
-
-    from miniglm import __version__
-    from miniglm.serving.api import create_router, install_errors
-    from miniglm.serving.guards import Body, Clients, Key, Measure, Origins
-    from miniglm.serving.metrics import Metrics
-    from miniglm.serving.schema import ApiError
-    from miniglm.serving.service import LocalService
-
-    local = service if isinstance(service, LocalService) else None
-    metrics = Metrics(local.worker if local else None)
-    app = FastAPI(title="miniGLM", version=__version__, docs_url=None, redoc_url=None)
-    install_errors(app)
-    if local:
-        app.include_router(create_router(local, limits, metrics, log_prompts=log_prompts))
-
-    @app.get("/healthz", include_in_schema=False)
-    async def health() -> Response:
-        return JSONResponse({"status": "draining" if state.draining else "ok"}, 503 if state.draining else 200)
-
-    @app.get("/metrics", include_in_schema=False)
-    async def numbers() -> Response:
-        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.get("/report", include_in_schema=False)
-    async def report() -> Response:
-        file = None if run is None else run / "report" / "report.html"
-        if file is None or not file.is_file():
-            raise ApiError(404, "没有评测报告：运行 miniglm evaluate RUN 会写一份")
-        return FileResponse(file)
-
-    @app.api_route("/v1/{rest:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
-    async def nothing(rest: str) -> Response:
-        only = "没有这个地址" if local else "这里只有页面；模型在 --backend 给的服务那里"
-        raise ApiError(404, only)
-
-    if page:
-        from miniglm.serving.page import mount_page
-
-        app = mount_page(app, service, run)
-    # The last one added sees a request first.
-    app.add_middleware(Body, limits=limits)
-    app.add_middleware(Clients, limits=limits)
-    if api_key is not None:
-        app.add_middleware(Key, key=api_key, limits=limits)
-    if cors:
-        app.add_middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(Origins, allowed=cors, loopback=loopback)
-    app.add_middleware(Measure, state=state, metrics=metrics)
-    return app
-
-
 def run(
     folder: Path | None,
     *,
@@ -185,8 +115,9 @@ def run(
         raise MiniGLMError(
             f"没有安装 {'、'.join(absent)}", fix='服务要装扩展 serve：pip install -e ".[serve]"，或 make install'
         )
-    if api_key is not None and not api_key.strip():
-        raise MiniGLMError("--api-key 是空的", fix="给一个长的随机字符串，或者不写这个选项")
+    # Nothing else fits into a request's header. The key itself is not in the message: it may end up in a log.
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise MiniGLMError("--api-key 是空的，或有英文字母、数字和符号以外的字", fix="给一个长的随机字符串")
     limits = limits or Limits()
     sock = bind(host, port)
     with contextlib.closing(sock):
@@ -199,8 +130,16 @@ def _open_service(
 ) -> Service:
     if backend is not None:
         from miniglm.serving.backend import RemoteService
+        from miniglm.serving.service import ServiceError
 
-        return RemoteService(backend, backend_key)
+        if not re.match(r"https?://[^/\s]+", backend):
+            raise MiniGLMError(f"--backend 是 {backend!r}，应为网址", fix="例如 --backend http://127.0.0.1:8000/v1")
+        remote = RemoteService(backend, backend_key)
+        try:
+            asyncio.run(remote.find_model())
+        except ServiceError as error:
+            raise MiniGLMError(f"--backend {backend}：{error.message}", fix="先开好那个服务；网址要写到 /v1") from None
+        return remote
     if folder is None:
         raise MiniGLMError("没有给出模型", fix="给出运行目录，例如 miniglm serve runs/demo，或者 --backend 网址")
     from miniglm.checkpoint import load_model
@@ -221,6 +160,7 @@ def _serve(
     log_prompts: bool,
     cors: Sequence[str],
 ) -> None:
+    from miniglm.serving.app import create_app
     from miniglm.serving.guards import State
     from miniglm.serving.service import LocalService
     from miniglm.ui import say
@@ -264,7 +204,13 @@ def _serve(
             await asyncio.to_thread(service.close, limits.shutdown_seconds)
 
     server = uvicorn_server(app, limits, state, ready, drain)
-    asyncio.run(server.serve(sockets=[sock]))
+    # The packages' hundreds of thousands of objects stay to the end: looking through them for garbage, while answers
+    # wait and once more at the exit, takes seconds in all.
+    gc.freeze()
+    try:
+        asyncio.run(server.serve(sockets=[sock]))
+    finally:
+        gc.freeze()
 
 
 def host_text(address: str) -> str:

@@ -1,0 +1,68 @@
+"""Servers at a real port, on a thread of the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from miniglm.checkpoint import load_model
+from miniglm.serving.app import create_app
+from miniglm.serving.guards import State
+from miniglm.serving.server import bind, uvicorn_server
+from miniglm.serving.service import LocalService
+from miniglm.serving.settings import Limits
+
+MODEL = "small"
+
+
+@dataclass
+class Running:
+    """A server at work."""
+
+    url: str
+    port: int
+    service: LocalService
+    state: State
+
+
+Start = Callable[..., contextlib.AbstractContextManager[Running]]
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path, limits: Limits | None = None, *, api_key: str | None = None, cors: tuple[str, ...] = ()
+) -> Iterator[Running]:
+    """The server as `miniglm serve` runs it, less the page, on a thread of this process."""
+    limits, state = limits or Limits(), State()
+    service = LocalService(MODEL, *load_model(folder), limits)
+    sock = bind("127.0.0.1", 0)
+    app = create_app(service, limits, state, api_key=api_key, cors=cors, page=False)
+    ready = threading.Event()
+
+    async def drain() -> None: ...
+
+    server = uvicorn_server(app, limits, state, ready.set, drain)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
+    thread.start()
+    assert ready.wait(60)
+    port = sock.getsockname()[1]
+    try:
+        yield Running(f"http://127.0.0.1:{port}", port, service, state)
+    finally:
+        server.should_exit = True
+        thread.join()
+        service.close(0)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Waits for something that happens soon; a minute is for a machine that is busy with other things."""
+    for _ in range(6000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"never: {what}")

@@ -1,0 +1,49 @@
+"""A small random model, and a server that answers with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from served import MODEL, Running, Start, serving
+
+from miniglm.checkpoint import load_model, save_model
+from miniglm.model import GLM, ModelConfig
+from miniglm.tokenizer import Tokenizer, train_tokenizer
+
+TEXT = "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空，青山依旧在，几度夕阳红。白发渔樵江渚上，惯看秋月春风。"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that answers with characters of every kind, broken ones among them, and never soon with an end."""
+    tokenizer = train_tokenizer([TEXT] * 20, vocab_size=None, corpus_characters=300)
+    model = GLM(ModelConfig(tokenizer.vocab_size, 32, 48, 1, 2, 1, 16, 128)).initialize(1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # as initialised, layers do nothing and an answer would hang on the last token only
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    folder = tmp_path_factory.mktemp("served") / MODEL
+    save_model(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts(model_folder: Path) -> tuple[GLM, Tokenizer]:
+    """The same model, for comparison."""
+    return load_model(model_folder)
+
+
+@pytest.fixture(scope="session")
+def start(model_folder: Path) -> Start:
+    """Starts a server: `with start(limits, api_key=…) as running`."""
+    return lambda limits=None, **more: serving(model_folder, limits, **more)
+
+
+@pytest.fixture(scope="session")
+def server(start: Start) -> Iterator[Running]:
+    """One server for all tests that leave it as it was."""
+    with start() as running:
+        yield running
