@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import shutil
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
+import pytest
 import uvicorn
 from fastapi import FastAPI
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from report_sample import make_report
 
 from miniglm.chat import Message
-from miniglm.serving.page import Facts, SplitScore, mount_page
-from miniglm.serving.service import Options, Piece, ServiceError
+from miniglm.qa.formats import read_examples
+from miniglm.serving.page import Facts, SplitScore, facts_of, mount_page, unveiled, veiled
+from miniglm.serving.page_text import MESSAGES, TEXTS
+from miniglm.serving.service import LocalService, Options, Piece, Service, ServiceError
+from miniglm.serving.settings import Limits
 
+PATIENCE = 15_000
+"""Milliseconds until something that must happen counts as not happening, on a machine busy with other things."""
 HTML = (
     "<script>document.title='坏'</script><img src=https://example.com/a.png onerror=\"document.title='坏'\">"
     "![图](https://example.com/b.png) [链接](https://example.com) **粗** $$x^2$$ &lt;b&gt; <!-- 注释 --> <b>粗</b>"
@@ -29,7 +44,7 @@ class Scripted:
     model_id = "miniglm"
 
     def __init__(self) -> None:
-        self.pause = 0.02
+        self.pause = 0.01
         self.asked: list[tuple[list[Message], Options]] = []
         self.closed = 0
 
@@ -73,22 +88,30 @@ FACTS = Facts(
     parameters=4_100_000,
     layers=4,
     context=256,
-    examples=("曹操是哪里人？", "谁在长坂坡救出阿斗？", "诸葛亮第一次北伐失了哪里？", "温酒斩华雄的是谁？", "孙策死后谁继位？", "<b>谁</b>斩了颜良？"),
+    examples=(
+        "曹操是哪里人？",
+        "谁在长坂坡救出阿斗？",
+        "诸葛亮第一次北伐失了哪里？",
+        "温酒斩华雄的是谁？",
+        "孙策死后谁继位？",
+        "<b>谁</b>斩了颜良？",
+    ),
     scores=(SplitScore("validation", 0.264, 0.241, 0.285, 1587), SplitScore("unseen", 0.028, 0.014, 0.044, 504)),
     has_report=True,
 )
 
 
 class Site:
-    """The page on a free port, in a thread."""
+    """The page on a port of this machine, in a thread."""
 
-    def __init__(self, feedback: Path | None, facts: Facts = FACTS) -> None:
-        self.service, self.feedback = Scripted(), feedback
+    def __init__(self, service: Service, feedback: Path | None, facts: Facts = FACTS, port: int = 0) -> None:
+        self.feedback = feedback
         app = FastAPI()
-        mount_page(app, self.service, facts, feedback=feedback)
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2))
+        mount_page(app, service, facts, feedback=feedback, limits=Limits(max_prompt_characters=500))
+        listener = socket.create_server(("127.0.0.1", port))
+        self.port = listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [listener]})
         self.thread.start()
         while not self.server.started:
@@ -97,3 +120,537 @@ class Site:
     def close(self) -> None:
         self.server.should_exit = True
         self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    off = ("background-networking", "component-update", "sync")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", *(f"--disable-{x}" for x in off)]
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield started
+        started.close()
+
+
+@pytest.fixture(scope="module")
+def service() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture(scope="module")
+def site(service: Scripted, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    started = Site(service, tmp_path_factory.mktemp("page") / "feedback.jsonl")
+    yield started
+    started.close()
+
+
+Open = Callable[..., Page]
+
+COUNT_WRITES = """
+    window.writes = 0;
+    const write = Storage.prototype.setItem;
+    Storage.prototype.setItem = function (...given) { write.apply(this, given); window.writes++; };
+"""
+
+
+@pytest.fixture
+def show(browser: Browser, site: Site, service: Scripted) -> Iterator[Open]:
+    """Opens the page in a window of its own; whatever the test, no other host may be asked for anything and the
+    console must stay empty."""
+    service.pause = 0.01
+    service.asked.clear()
+    contexts: list[BrowserContext] = []
+    asked: list[str] = []
+    faults: list[str] = []
+
+    def open_page(*, locale: str = "zh-CN", color_scheme: Any = "light", width: int = 1280, path: str = "") -> Page:
+        context = browser.new_context(
+            locale=locale,
+            color_scheme=color_scheme,
+            viewport={"width": width, "height": 844},
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        context.set_default_timeout(PATIENCE)
+        context.add_init_script(COUNT_WRITES)
+        contexts.append(context)
+        context.on("request", lambda request: asked.append(request.url))
+        context.on("console", lambda m: faults.append(m.text) if m.type in ("error", "warning") else None)
+        context.on("weberror", lambda error: faults.append(str(error.error)))
+        page = context.new_page()
+        go(page, site.url + path)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [url for url in asked if not url.startswith((site.url, "data:", "blob:"))] == []
+    # What Gradio says when a window is left in the middle of an answer.
+    assert [fault for fault in faults if not re.search("signal is aborted|Connection errored out", fault)] == []
+
+
+def go(page: Page, url: str | None = None) -> None:
+    """Opens an address, or the same one again, and waits until the page is at rest."""
+    page.goto(url) if url else page.reload()
+    until(lambda: bool(page.evaluate("window.writes")), page)  # what was kept has been read, and is kept again
+    page.locator("#question textarea").wait_for()
+
+
+def ask(page: Page, question: str, *, wait: bool = True) -> None:
+    """Asks; with `wait` until the answer is there and kept."""
+    page.locator("#question textarea").fill(question)
+    with at_rest(page, wait=wait):
+        page.locator("#send").click()
+
+
+@contextmanager
+def at_rest(page: Page, *, wait: bool = True) -> Iterator[None]:
+    """Waits for the end of an answer that is begun inside: the browser keeps its question, and at the end the answer."""
+    writes = page.evaluate("window.writes")
+    yield
+    until(lambda: page.evaluate("window.writes") >= writes + (2 if wait else 1), page)
+    page.locator("#send" if wait else "#stop").wait_for()
+
+
+def answers(page: Page) -> list[str]:
+    return [unveiled(text) for text in page.locator("[data-testid=bot] .message-content").all_inner_texts()]
+
+
+def questions(page: Page) -> list[str]:
+    return page.locator("[data-testid=user] .message-content").all_inner_texts()
+
+
+def under_the_last(page: Page, name: str) -> Any:
+    return page.locator("#conversation").get_by_role("button", name=name, exact=True).last
+
+
+def until(condition: Callable[[], bool], page: Page) -> None:
+    """Waits while the browser goes on."""
+    for _ in range(PATIENCE // 20):
+        if condition():
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError("it never came about")
+
+
+def test_an_answer_comes_character_by_character(show: Open, service: Scripted) -> None:
+    page = show()
+    service.pause = 0.08
+    page.evaluate("""() => {
+        window.seen = [];
+        const look = () => {
+            const all = document.querySelectorAll("[data-testid=bot] .message-content");
+            const text = all[all.length - 1]?.innerText ?? "";
+            if (text !== window.seen[window.seen.length - 1]) window.seen.push(text);
+        };
+        new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true});
+    }""")
+    page.locator("#question textarea").fill("  曹操是哪里人 ")
+    with at_rest(page):
+        page.keyboard.press("Enter")
+    seen = [text for text in page.evaluate("window.seen") if text]
+    assert len(seen) > len(ANSWER) // 2
+    assert all(ANSWER.startswith(text) for text in seen)
+    assert [len(text) for text in seen] == sorted({len(text) for text in seen})
+    assert answers(page) == [ANSWER], "and the question is not repeated in it"
+    assert questions(page) == ["曹操是哪里人？"], "with the mark that was missing"
+    assert service.asked[-1][0] == [{"role": "user", "content": "曹操是哪里人？"}]
+    assert re.fullmatch(rf"首字 \d+\.\d\d 秒 · 每秒 \d+ 字 · 共 {len(ANSWER)} 字", page.locator("#speed").inner_text())
+    ask(page, "孙权呢？")
+    assert service.asked[-1][0] == [{"role": "user", "content": "孙权呢？"}], "each question stands alone"
+    assert questions(page) == ["曹操是哪里人？", "孙权呢？"]
+
+
+def test_stop_and_ask_again(show: Open, service: Scripted) -> None:
+    page = show()
+    ask(page, "慢慢说", wait=False)
+    until(lambda: len("".join(answers(page))) > 5, page)
+    closed = service.closed
+    page.locator("#stop").click()
+    page.locator("#send").wait_for()
+    until(lambda: service.closed == closed + 1, page)
+    partial = answers(page)[-1]
+    assert 5 < len(partial) < 400
+    ask(page, "曹操是哪里人")
+    assert answers(page) == [partial, ANSWER]
+
+
+def test_leaving_drops_the_answer(show: Open, service: Scripted) -> None:
+    page = show()
+    ask(page, "慢慢说", wait=False)
+    until(lambda: bool("".join(answers(page))), page)
+    closed = service.closed
+    page.goto("about:blank")
+    until(lambda: service.closed == closed + 1, page)
+
+
+def test_two_windows_at_once(show: Open, service: Scripted) -> None:
+    first, second = show(), show()
+    service.pause = 0.03
+    ask(first, "慢慢说", wait=False)
+    until(lambda: bool("".join(answers(first))), first)
+    ask(second, "曹操是哪里人")
+    assert answers(second) == [ANSWER]
+    assert first.locator("#stop").is_visible() and 0 < len(answers(first)[0]) < 400
+    first.locator("#stop").click()
+    first.locator("#send").wait_for()
+
+
+def test_again_edit_and_copy(show: Open, service: Scripted) -> None:
+    page = show()
+    ask(page, "曹操是哪里人")
+    with at_rest(page):
+        under_the_last(page, "重新回答").click()
+    assert [options.temperature for _, options in service.asked] == [0.0, 0.8]
+    assert "温度 0.8" in page.locator("#speed").inner_text()
+    under_the_last(page, "修改问题").click()
+    box = page.locator("#conversation textarea")
+    assert box.input_value() == "曹操是哪里人？"
+    box.fill("写代码 <b>&amp;")
+    with at_rest(page):
+        under_the_last(page, "提交修改").click()
+    assert service.asked[-1][0][0]["content"] == "写代码 <b>&amp;"
+    assert answers(page) == [HTML]
+    under_the_last(page, "复制").click()
+    assert page.evaluate("navigator.clipboard.readText()") == HTML
+
+
+def test_what_a_model_writes_is_text(show: Open) -> None:
+    page = show()
+    ask(page, "写一段代码")
+    assert answers(page) == [HTML]
+    for tag in ("img", "script", "a", "b", "strong", ".katex"):
+        assert page.locator(f"[data-testid=bot] {tag}").count() == 0
+    assert page.title() == "《三国演义》问答"
+    assert unveiled(page.locator("#conversation").inner_text()).count("<img") == 1
+    go(page)
+    until(lambda: answers(page) == [HTML], page)
+    assert page.locator("[data-testid=bot] img").count() == 0
+
+
+def test_examples_and_markup_in_a_question(show: Open, service: Scripted) -> None:
+    page = show()
+    shown = [unveiled(text) for text in page.locator("#conversation .example").all_inner_texts()]
+    assert shown == list(FACTS.examples)
+    with at_rest(page):
+        page.locator("#conversation .example").last.click()
+    assert answers(page) == [ANSWER]
+    assert service.asked[-1][0][0]["content"] == FACTS.examples[-1]
+    assert [unveiled(text) for text in questions(page)] == [FACTS.examples[-1]]
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ("忙吗", ["现在太忙：等着的请求已有 128 个（上限 queue），请稍后再试"]),
+        ("坏了吗", ["刚说\n出了意外的错（RuntimeError），服务器的终端里有详情。请再试一次。"]),
+        ("无话", ["模型什么也没有写。"]),
+    ],
+)
+def test_what_goes_wrong_is_one_line(
+    show: Open, site: Site, capfd: pytest.CaptureFixture[str], question: str, said: list[str]
+) -> None:
+    page = show()
+    ask(page, question)
+    assert [re.sub(r"\n+", "\n", "\n".join(answers(page)))] == said
+    assert "secret detail" not in page.content() and "Traceback" not in page.content()
+    assert ("secret detail" in capfd.readouterr().err) == ("坏" in question)
+    ask(page, "曹操是哪里人")
+    assert answers(page)[-1] == ANSWER
+
+
+def test_too_long_or_empty_is_said_and_nothing_is_lost(show: Open, service: Scripted) -> None:
+    page = show()
+    page.locator("#question textarea").fill("长" * 501)
+    page.locator("#send").click()
+    expect(page.locator("#speed")).to_contain_text(
+        "太长了：502 个字，最多 500 个（上限 max_prompt_characters）", timeout=PATIENCE
+    )
+    assert page.locator("#question textarea").input_value() == "长" * 501
+    page.locator("#question textarea").fill(" ")
+    page.locator("#send").click()
+    expect(page.locator("#speed")).to_contain_text("先写一个问题", timeout=PATIENCE)
+    assert service.asked == [] and answers(page) == []
+
+
+def test_two_languages(show: Open) -> None:
+    page = show()
+    ask(page, "曹操是哪里人")
+    assert page.locator("html").get_attribute("lang") == "zh-CN"
+    assert "410 万参数" in page.locator("#header").inner_text() and "26.4" in page.locator("#header").inner_text()
+    page.get_by_role("link", name="English").click()
+    page.get_by_role("button", name="Send", exact=True).wait_for()
+    assert len(page.context.pages) == 1 and page.locator("html").get_attribute("lang") == "en"
+    until(lambda: answers(page) == [ANSWER], page)
+    assert "4.1 M parameters" in page.locator("#header").inner_text()
+    assert not re.search(
+        "[\u4e00-\u9fff]", page.locator("#ask").inner_text().replace(ANSWER, "").replace("曹操是哪里人？", "")
+    )
+    ask(page, "无话")
+    assert answers(page)[-1] == "The model wrote nothing."
+    page.goto(page.url.split("?")[0])
+    page.get_by_role("button", name="Send", exact=True).wait_for()
+    page.get_by_role("link", name="中文").click()
+    page.get_by_role("button", name="发送", exact=True).wait_for()
+
+
+@pytest.mark.parametrize(("locale", "send"), [("zh-TW", "发送"), ("en-GB", "Send"), ("fr-FR", "Send")])
+def test_the_browsers_language_comes_first(show: Open, locale: str, send: str) -> None:
+    assert show(locale=locale).locator("#send").inner_text().strip() == send
+
+
+def test_the_history_stays_in_the_browser(show: Open, site: Site) -> None:
+    page = show()
+    ask(page, "曹操是哪里人")
+    go(page)
+    until(lambda: answers(page) == [ANSWER], page)
+    assert questions(page) == ["曹操是哪里人？"]
+    ask(page, "慢慢说", wait=False)
+    until(lambda: len(answers(page)) == 2, page)
+    go(page)
+    until(lambda: questions(page) == ["曹操是哪里人？", "慢慢说？"], page)
+    assert answers(page) == [ANSWER], "of an answer that was cut short by leaving the question stays"
+    page.locator("#clear").click()
+    until(lambda: questions(page) == [], page)
+    go(page)
+    page.locator("#conversation .example").first.wait_for()
+    assert questions(page) == []
+
+
+def test_the_history_outlives_the_server(browser: Browser) -> None:
+    first = Site(Scripted(), None)
+    context = browser.new_context(locale="zh-CN")
+    context.set_default_timeout(PATIENCE)
+    context.add_init_script(COUNT_WRITES)
+    page = context.new_page()
+    try:
+        go(page, first.url)
+        ask(page, "曹操是哪里人")
+        assert page.get_by_role("button", name="赞", exact=True).count() == 0, "no file for ratings, no buttons"
+        page.goto("about:blank")
+    finally:
+        first.close()
+    second = Site(Scripted(), None, port=first.port)
+    try:
+        go(page, second.url)
+        until(lambda: answers(page) == [ANSWER], page)
+    finally:
+        context.close()
+        second.close()
+
+
+def test_ratings_are_noted_and_can_be_learnt_from(show: Open, site: Site) -> None:
+    page = show()
+    path = site.feedback
+    assert path is not None
+    path.unlink(missing_ok=True)
+    ask(page, "曹操是哪里人")
+    under_the_last(page, "赞").click()
+    expect(page.locator("#speed")).to_contain_text("已记下：赞", timeout=PATIENCE)
+    ask(page, "写代码")
+    under_the_last(page, "踩").click()
+    expect(page.locator("#speed")).to_contain_text("已记下：踩", timeout=PATIENCE)
+    ask(page, "无话")
+    under_the_last(page, "赞").click()
+    expect(page.locator("#speed")).to_contain_text("没有记下", timeout=PATIENCE)
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert [(row["question"], row["answer"], row["rating"]) for row in rows] == [
+        ("曹操是哪里人？", ANSWER, "like"),
+        ("写代码？", HTML, "dislike"),
+    ]
+    assert [(e.question, e.answer) for e in read_examples(path).examples] == [("曹操是哪里人？", ANSWER)]
+
+
+def test_settings_reach_the_model(show: Open, service: Scripted) -> None:
+    page = show()
+    page.get_by_role("button", name="采样设置").click()
+    panel = page.locator("#ask .settings")
+    for name, value in (("最长", "64"), ("温度", "0.7"), ("top-p", "0.9"), ("top-k", "40"), ("重复惩罚", "1.2")):
+        box = panel.get_by_label(re.compile(f"number input for {name}"))
+        box.fill(value)
+        box.blur()
+    panel.get_by_label("随机种子").fill("7")
+    ask(page, "曹操是哪里人")
+    assert service.asked[-1][1] == Options(64, 0.7, 0.9, 40, 1.2, 7)
+
+
+def test_the_second_tab_continues_a_text(show: Open, service: Scripted) -> None:
+    page = show()
+    page.get_by_role("tab", name="续写").click()
+    page.locator("#go").click()
+    expect(page.locator("#pace")).to_contain_text("先写一个开头", timeout=PATIENCE)
+    page.locator("#start textarea").fill("却说曹操<b>引军")
+    page.locator("#go").click()
+    page.locator("#halt").wait_for()
+    until(lambda: len(page.locator("#made textarea").input_value()) > 12, page)
+    page.locator("#halt").click()
+    page.locator("#go").wait_for()
+    page.locator("#copy").click()
+    until(lambda: page.locator("#copy[data-copied]").count() == 1, page)
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator("#made textarea").input_value()
+    assert page.locator("#made textarea").input_value().startswith("却说曹操<b>引军，投南")
+    assert service.asked[-1][0][0]["content"] == "却说曹操<b>引军" and service.asked[-1][1].temperature == 0.8
+
+
+# Contrast by WCAG 2.2 (1.4.3) of every element with text of its own against the nearest background that is not clear.
+CONTRAST = """() => {
+  const parts = color => color.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => {
+    const [x, y, z] = [r, g, b].map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * x + .7152 * y + .0722 * z;
+  };
+  const poor = [];
+  for (const element of document.body.querySelectorAll("*")) {
+    const own = [...element.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || element.placeholder || element.value;
+    if (!own || !element.checkVisibility({opacityProperty: true}) || element.closest(".sr-only, script, style, .visually-hidden")) continue;
+    let behind = element;
+    while (behind && (parts(getComputedStyle(behind).backgroundColor)[3] ?? 1) < 1) behind = behind.parentElement;
+    const style = element.placeholder && !element.value ? getComputedStyle(element, "::placeholder") : getComputedStyle(element);
+    const [a, b] = [style.color, getComputedStyle(behind).backgroundColor].map(parts).map(light);
+    const contrast = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    if (contrast < 4.5) poor.push([element.outerHTML.slice(0, 120), contrast]);
+  }
+  return poor;
+}"""
+CUT_OFF = """width => [...document.querySelectorAll("body *")].filter(one =>
+    one.checkVisibility() && !one.closest(".sr-only, .visually-hidden, [aria-hidden=true]")
+    && (one.getBoundingClientRect().right > width + 1 || one.getBoundingClientRect().left < -1)
+).map(one => one.outerHTML.slice(0, 120))"""
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, a[href], [role=button]")].filter(one =>
+    one.checkVisibility() && !one.closest("[aria-hidden=true]")
+    && !(one.innerText.trim() || one.ariaLabel || one.title || [...(one.labels ?? [])].some(l => l.textContent.trim()))
+).map(one => one.outerHTML.slice(0, 120))"""
+
+
+def check_looks(page: Page, width: int) -> None:
+    page.wait_for_timeout(300)  # what slides has come to rest
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") == 0
+    assert page.evaluate(CUT_OFF, width) == []
+    assert page.evaluate(CONTRAST) == []
+    assert page.evaluate(NAMELESS) == []
+
+
+@pytest.mark.parametrize(("width", "locale"), [(390, "zh-CN"), (390, "en"), (1280, "zh-CN")])
+@pytest.mark.parametrize("color_scheme", ["light", "dark"])
+def test_it_can_be_read_on_any_screen(show: Open, width: int, locale: str, color_scheme: str) -> None:
+    page = show(width=width, locale=locale, color_scheme=color_scheme)
+    page.locator("#conversation .example").first.wait_for()
+    check_looks(page, width)
+    ask(page, "Cao" * 80)
+    ask(page, "代码")
+    page.locator("#ask .settings > button").click()
+    check_looks(page, width)
+    page.get_by_role("tab").nth(1).click()
+    page.locator("#go").wait_for()
+    check_looks(page, width)
+
+
+def test_the_keyboard_is_enough(show: Open) -> None:
+    page = show()
+    page.locator("#question textarea").focus()
+    page.keyboard.type("曹操是哪里人")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "send"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    until(lambda: answers(page) == [ANSWER], page)
+    page.get_by_role("tab", name="问答").focus()
+    page.get_by_role("tab", name="续写").press("Enter")
+    page.locator("#start textarea").wait_for()
+
+
+def test_only_what_the_page_needs_is_open(site: Site) -> None:
+    with httpx.Client(base_url=site.url, trust_env=False) as client:
+        document = client.get("/", headers={"accept-encoding": "gzip, br"})
+        policy = document.headers["content-security-policy"]
+        assert "default-src 'self'" in policy and "http" not in policy and "eval" not in policy
+        loaded = re.findall(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=[\"']([^\"']+)", document.text)
+        assert loaded and not [url for url in loaded if "//" in url]
+        assert "og:image" not in document.text and "raw.githubusercontent" not in document.text
+        head = client.head("/")
+        assert head.status_code == 200 and not head.content
+        for path in (
+            "gradio_api/upload",
+            "gradio_api/info",
+            "gradio_api/openapi.json",
+            "gradio_api/file=/etc/passwd",
+            "gradio_api/file/etc/passwd",
+            "gradio_api/proxy=http://example.com/",
+            "gradio_api/vibe-code",
+            "gradio_api/call/ask",
+            "gradio_api/run/predict",
+            "gradio_api/runs",
+            "monitoring",
+            "assets/../config/secret",
+            "manifest.json",
+            "nothing",
+        ):
+            for method in ("GET", "POST"):
+                assert client.request(method, path).status_code == 404, path
+        assert "secret" not in client.get("config").text.replace('"secret":"miniglm-conversation"', "")
+
+
+def test_every_text_is_in_both_languages() -> None:
+    for key, (chinese, english) in {**TEXTS, **MESSAGES}.items():
+        assert re.search("[\u4e00-\u9fff]", chinese) or key in ("top_p", "top_k")
+        assert not re.search("[\u4e00-\u9fff]", english.replace("却说曹操引军", "")), key
+        assert sorted(re.findall(r"{\w+", chinese)) == sorted(re.findall(r"{\w+", english)), key
+
+
+def test_a_veil_comes_off() -> None:
+    for text in (HTML, "", "a < b & c", "<<&&", "&lt;"):
+        assert unveiled(veiled(text)) == text
+        assert not re.search("<[a-zA-Z/!?]|&[a-zA-Z#]", veiled(text))
+
+
+def test_facts_of_a_run(tmp_path: Path) -> None:
+    assert facts_of(None, name="远") == Facts("远")
+    assert facts_of(tmp_path, name="空") == Facts("空")
+    for folder in ("qa", "corpus", "report", "model"):
+        (tmp_path / folder).mkdir()
+    rows = [{"question": f"第{n}问？" + "长" * (n % 2) * 40, "answer": "答"} for n in range(100)]
+    (tmp_path / "qa/validation.jsonl").write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
+    (tmp_path / "corpus/summary.json").write_text(json.dumps({"books": [{"title": "三国演义"}]}), "utf-8")
+    (tmp_path / "report/report.json").write_text(json.dumps(make_report()), "utf-8")
+    (tmp_path / "report/report.html").write_text("<p>", "utf-8")
+    facts = facts_of(tmp_path, name="demo")
+    assert facts.books == ("三国演义",) and facts.has_report and facts.parameters is None
+    assert [score.split for score in facts.scores] == ["validation", "unseen"]
+    assert all(0 <= score.low <= score.mean <= score.high <= 1 and score.questions for score in facts.scores)
+    assert len(facts.examples) == 6 and all(len(question) <= 24 for question in facts.examples)
+    for name in ("qa/validation.jsonl", "corpus/summary.json", "report/report.json", "model/config.json"):
+        (tmp_path / name).write_bytes(b'{"books": 3, "splits": [{"scores": null}, 7]')
+    assert facts_of(tmp_path, name="demo") == Facts("demo", has_report=True)
+    (tmp_path / "report/report.json").write_text(
+        '{"splits": [{"name": "x", "scores": {"key_accuracy": 1}}, 7]}', "utf-8"
+    )
+    assert facts_of(tmp_path, name="demo").scores == ()
+
+
+def test_over_a_real_model(browser: Browser, model_folder: Path) -> None:
+    """From the page through the engine and back: what the page shows is what the API's own service says."""
+    from miniglm.checkpoint import load_model
+
+    service = LocalService("small", *load_model(model_folder), Limits())
+    site = Site(service, None, facts_of(model_folder, name="small"))
+    context = browser.new_context(locale="zh-CN")
+    context.set_default_timeout(PATIENCE)
+    context.add_init_script(COUNT_WRITES)
+    try:
+        page = context.new_page()
+        go(page, site.url)
+        ask(page, "长江")
+
+        async def expected() -> str:
+            return "".join([p.text async for p in service.chat([{"role": "user", "content": "长江？"}], Options(64))])
+
+        assert "一次能读 128 个 token" in page.locator("#header").inner_text()
+        with ThreadPoolExecutor() as pool:  # playwright's own loop runs in this thread
+            said = pool.submit(asyncio.run, expected()).result()
+        assert said and answers(page)[0].split() == said.split()
+    finally:
+        context.close()
+        site.close()
+        service.close(0)

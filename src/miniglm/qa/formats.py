@@ -383,6 +383,32 @@ def _records(path: Path, data: bytes) -> tuple[list[_Record], str | None]:
     return list(_json_lines(data)), None
 
 
+def _without_refused(path: Path, records: list[_Record]) -> list[_Record]:
+    """The records without the answers that readers refused. Of several lines of one question and answer with a `rating`
+    ("like", "dislike", "none") the last counts, and only "like" is an answer to learn; other ratings mean nothing here.
+
+    Raises:
+        MiniGLMError: nothing is left.
+    """
+    rated: dict[int, tuple[str, str]] = {}
+    last: dict[tuple[str, str], int] = {}
+    for number, (_, content) in enumerate(records):
+        if not isinstance(content, str) and content[0].get("rating") in ("like", "dislike", "none"):
+            rated[number] = (str(content[0].get("question")), str(content[0].get("answer")))
+            last[rated[number]] = number
+
+    def counts(number: int) -> bool:
+        content = records[number][1]
+        if number not in rated or isinstance(content, str):
+            return True
+        return last[rated[number]] == number and content[0]["rating"] == "like"
+
+    kept = [record for number, record in enumerate(records) if counts(number)]
+    if records and not kept:
+        raise MiniGLMError("里面的回答都被踩了或收回了，没有可以学的", path=path)
+    return kept
+
+
 def _unknown_format(path: Path, records: list[_Record]) -> MiniGLMError:
     known = "、".join(known.looks for known in FORMATS.values())
     line, fields = next(((line, content[1]) for line, content in records if not isinstance(content, str)), (0, None))
@@ -410,7 +436,8 @@ def _too_many(path: Path, rejected: list[Rejected], total: int) -> MiniGLMError:
 def read_examples(path: str | Path, *, allow_bad: bool = False, need_answer: bool = True) -> QASet:
     """Reads a question-answer set: JSON lines, one JSON array, or CSV with a header, in any format of `FORMATS`.
 
-    Blank lines are ignored; a byte-order mark too; CSV may also be GB18030. Any format may have `id` and `keys`.
+    Blank lines are ignored; a byte-order mark too; CSV may also be GB18030. Any format may have `id` and `keys`. Where
+    answers are needed, those whose `rating` is "dislike" or "none" are passed over: readers refused them.
 
     Args:
         allow_bad: go on with whatever lines can be used, however few.
@@ -430,6 +457,8 @@ def read_examples(path: str | Path, *, allow_bad: bool = False, need_answer: boo
         return QASet([Example((Turn(q, ""),), extra={"question": q}) for q in questions], [], "text")
 
     records, name = _records(path, data)
+    if need_answer:
+        records = _without_refused(path, records)
     rows = (content[0] for _, content in records if not isinstance(content, str))
     shape = next((key for row in rows for key, known in FORMATS.items() if known.mark in row), None)
     if shape is None:

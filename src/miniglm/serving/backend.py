@@ -80,7 +80,9 @@ class RemoteService:
                     raise self._refused(answer.status_code, answer.content)
                 self.model_id = str(answer.json()["data"][0]["id"])
             except (LookupError, TypeError, ValueError):
-                raise ServiceError(f"后端 {self.base_url} 没有列出模型，像是没有 OpenAI 兼容的接口", status=502) from None
+                raise ServiceError(
+                    f"后端 {self.base_url} 没有列出模型，像是没有 OpenAI 兼容的接口", status=502
+                ) from None
             except Exception as error:
                 raise self._failed(error) from None
         return self.model_id
@@ -149,7 +151,9 @@ class RemoteService:
         if isinstance(error, httpx.TimeoutException):
             return ServiceError(f"后端 {self.base_url} 超过 {READ_SECONDS:.0f} 秒没有回答", status=502)
         if isinstance(error, (httpx.HTTPError, httpx.InvalidURL)):
-            return ServiceError(f"和后端 {self.base_url} 的连接出了错（{type(error).__name__}），请再试一次", status=502)
+            return ServiceError(
+                f"和后端 {self.base_url} 的连接出了错（{type(error).__name__}），请再试一次", status=502
+            )
         return error
 
 

@@ -28,9 +28,9 @@ def add_feedback(path: Path, question: str, answer: str, rating: Rating, *, mode
     """Adds one whole line, or nothing.
 
     Raises:
-        MiniGLMError: blank texts, which no set may hold; the file is full or cannot be written to.
+        MiniGLMError: texts in which nothing can be seen, which no set may hold; the file is full or cannot be written to.
     """
-    if not question.strip() or not answer.strip():
+    if not all(any(char.isprintable() and not char.isspace() for char in text) for text in (question, answer)):
         raise MiniGLMError("空的问题或回答不能评价")
     made = datetime.now().astimezone().isoformat(timespec="seconds")
     row = {"question": question, "answer": answer, "rating": rating, "model": model, "made": made}

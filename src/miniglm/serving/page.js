@@ -16,6 +16,13 @@
   const clipboard = navigator.clipboard;
   if (clipboard) {
     const write = clipboard.writeText.bind(clipboard);
+    document.addEventListener("click", async event => {
+      const button = event.target.closest?.("#copy");
+      if (!button) return;
+      await clipboard.writeText(document.querySelector("#made textarea").value);
+      button.dataset.copied = "";
+      setTimeout(() => delete button.dataset.copied, 2000);
+    });
     clipboard.writeText = text => write(text.replace(/([<&])\u2060/g, "$1"));
   }
   document.addEventListener("copy", event => {

@@ -6,7 +6,6 @@ shown but not sent, because a small model trained on single questions answers a 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from miniglm.qa.questions import normalize_question
 from miniglm.serving import page_text
 from miniglm.serving.feedback import Rating, add_feedback
 from miniglm.serving.page_shell import PageShell
-from miniglm.serving.page_text import LANGUAGES, Language, message, translations
+from miniglm.serving.page_text import Language, message, translations
 from miniglm.serving.service import Options, Piece, Service, ServiceError
 from miniglm.serving.settings import Limits
 
@@ -99,9 +98,9 @@ def facts_of(run: Path | None, *, name: str) -> Facts:
     if run is None:
         return Facts(name)
     facts = Facts(name, examples=_examples(run / "qa" / "validation.jsonl"))
-    summary = _json(run / "corpus" / "summary.json")
-    books = summary.get("books") if isinstance(summary.get("books"), list) else []
-    facts = replace(facts, books=tuple(str(b["title"]) for b in books if isinstance(b, dict) and b.get("title")))
+    books = _json(run / "corpus" / "summary.json").get("books")
+    if isinstance(books, list):
+        facts = replace(facts, books=tuple(str(b["title"]) for b in books if isinstance(b, dict) and b.get("title")))
     for folder in (run, run / "model", run / "finetune", run / "pretrain"):
         config = _json(folder / "config.json")
         try:
@@ -145,9 +144,7 @@ def _scores(report: dict[str, Any]) -> tuple[SplitScore, ...]:
         try:
             score = split["scores"]["key_accuracy"]
             if split["name"] != "train" and math.isfinite(score["mean"]):
-                found.append(
-                    SplitScore(split["name"], score["mean"], score["low"], score["high"], split["with_keys"])
-                )
+                found.append(SplitScore(split["name"], score["mean"], score["low"], score["high"], split["with_keys"]))
         except (LookupError, TypeError):
             continue
     return tuple(found)
@@ -283,9 +280,7 @@ def _options(values: Sequence[Any], limits: Limits) -> Options:
     )
 
 
-def create_page(
-    service: Service, facts: Facts, *, feedback: Path | None, limits: Limits | None = None
-) -> gr.Blocks:
+def create_page(service: Service, facts: Facts, *, feedback: Path | None, limits: Limits | None = None) -> gr.Blocks:
     """The page's components and events; `mount_page` gives them looks and languages.
 
     Args:
@@ -336,7 +331,7 @@ def _ask_tab(
         show_label=False,
         elem_id="conversation",
         height=None,
-        placeholder=i18n("welcome"),
+        placeholder=cast(str, i18n("welcome")),  # translated like the others, whatever the hint says
         examples=[{"text": veiled(question)} for question in facts.examples],
         editable="user",
         buttons=["copy"],
@@ -397,9 +392,7 @@ def _ask_tab(
                 line = gr.skip() if clock.first is None else clock.line(language, more)
                 yield [[*history, *said], gr.skip(), gr.skip(), line, gr.skip(), gr.skip()]
 
-    async def ask(
-        asked: str, history: History, request: gr.Request, *values: Any
-    ) -> AsyncIterator[list[Any]]:
+    async def ask(asked: str, history: History, request: gr.Request, *values: Any) -> AsyncIterator[list[Any]]:
         async with aclosing(answer(asked, _plain(history), values, _language(request))) as steps:  # type: ignore[type-var]
             async for step in steps:
                 yield step
@@ -451,12 +444,12 @@ def _ask_tab(
     ]
     stop.click(None, None, None, cancels=running, **QUIET)
 
-    def restore(history: object) -> History:
+    def restore(history: object) -> list[History]:
         """The conversation that the browser kept; an answer that never came is left out."""
         plain = _plain(history)
         while plain and plain[-1]["role"] == "assistant" and not plain[-1]["content"]:
             plain.pop()
-        return plain
+        return [plain, plain]
 
     def forget() -> list[Any]:
         return [[], [], ""]
@@ -475,7 +468,7 @@ def _ask_tab(
             return _line(message("rating_failed", language, why=str(error)))
         return _line(message({"like": "liked", "dislike": "disliked", "none": "taken_back"}[rating], language))
 
-    blocks.load(restore, [saved], [chatbot], **QUIET)
+    blocks.load(restore, [saved], [chatbot, saved], **QUIET)
     clear.click(forget, None, [chatbot, saved, speed], cancels=running, **QUIET)
     if feedback is not None:
         chatbot.like(rate, [chatbot], [speed], **QUIET)
@@ -489,20 +482,19 @@ def _index(index: object) -> int:
 
 def _continue_tab(service: Service, facts: Facts, i18n: gr.I18n, limits: Limits) -> None:
     gr.Markdown(i18n("continue_about"), elem_classes="about", latex_delimiters=[])
-    start = gr.Textbox(
-        label=i18n("start"), placeholder=i18n("start_hint"), lines=4, max_lines=12, elem_id="start"
-    )
+    start = gr.Textbox(label=i18n("start"), placeholder=i18n("start_hint"), lines=4, max_lines=12, elem_id="start")
     with gr.Row(elem_classes="line"):
         go = gr.Button(i18n("continue"), variant="primary", scale=0, min_width=84, elem_id="go")
         halt = gr.Button(i18n("stop"), variant="stop", scale=0, min_width=84, visible=False, elem_id="halt")
         pace = gr.Markdown("", elem_id="pace", latex_delimiters=[])
+        # page.js copies: the box's own button stands inside its label and takes the label for itself.
+        gr.Button(i18n("copy"), size="sm", scale=0, min_width=64, elem_id="copy")
     made = gr.Textbox(
         label=i18n("continuation"),
         placeholder=i18n("continuation_hint"),
         lines=8,
         max_lines=24,
         interactive=False,
-        buttons=["copy"],
         elem_id="made",
     )
     settings = _settings(i18n, facts, limits, tokens=256, temperature=0.8)

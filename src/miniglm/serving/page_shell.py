@@ -98,9 +98,7 @@ def _with_headers(send: Send) -> Send:
     return changed
 
 
-def _joined(
-    headers: Iterable[tuple[bytes, bytes]], more: Iterable[tuple[bytes, bytes]]
-) -> list[tuple[bytes, bytes]]:
+def _joined(headers: Iterable[tuple[bytes, bytes]], more: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     return [*headers, *more]
 
 

@@ -25,6 +25,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "start_hint": ("写下开头，例如：却说曹操引军", "Write a beginning, for example: 却说曹操引军"),
     "continue": ("续写", "Continue"),
     "continuation": ("续写的文字", "Continuation"),
+    "copy": ("复制", "Copy"),
     "continuation_hint": ("模型接着往下写的文字会出现在这里", "What the model writes will appear here"),
     "settings": ("采样设置", "Sampling settings"),
     "max_tokens": ("最长", "Longest answer"),
@@ -141,7 +142,9 @@ def _of_facts(facts: Facts, language: Language) -> dict[str, str]:
 
 def _welcome(zh: bool) -> str:
     if zh:
-        return "<h2>问一个关于书的问题</h2><p>每个问题单独回答，不看前面的对话。小模型会很有把握地答错，请对照原书。</p>"
+        return (
+            "<h2>问一个关于书的问题</h2><p>每个问题单独回答，不看前面的对话。小模型会很有把握地答错，请对照原书。</p>"
+        )
     return (
         "<h2>Ask about the book</h2><p>Each question stands alone; earlier ones are not read. A small model is wrong "
         "with great confidence: check it against the book.</p>"
@@ -153,8 +156,10 @@ def _model(facts: Facts, zh: bool) -> str:
     if facts.parameters:
         millions = f"{facts.parameters / 1e6:,.1f}"
         parts.append(
-            f"{facts.parameters / 1e4:,.0f} 万参数" if zh and facts.parameters < 1e8
-            else f"{facts.parameters / 1e8:,.1f} 亿参数" if zh
+            f"{facts.parameters / 1e4:,.0f} 万参数"
+            if zh and facts.parameters < 1e8
+            else f"{facts.parameters / 1e8:,.1f} 亿参数"
+            if zh
             else f"{millions} M parameters"
         )
     if facts.layers:
