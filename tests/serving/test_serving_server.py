@@ -242,18 +242,20 @@ def test_told_to_end_it_finishes_what_runs_and_refuses_what_is_new(model_folder:
     with miniglm_serve(model_folder, MINIGLM_API_KEY=KEY) as (process, url, said):
         headers = {"Authorization": f"Bearer {KEY}"}
         assert "text/html" in httpx.get(url, headers={"Accept": "text/html"} | headers).headers["content-type"]
-        # Long enough to be at work when the second request comes.
-        body = {"model": MODEL, "messages": ASKED, "max_tokens": 1024, "n": 8, "stream": True}
-        with httpx.stream("POST", url + "/v1/chat/completions", json=body, headers=headers, timeout=120) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            until(lambda: httpx.get(url + "/healthz").json() == {"status": "draining"}, "it is told to end")
-            refused = httpx.get(url + "/v1/models", headers=headers)
-            assert refused.status_code == 503 and refused.headers["retry-after"]
-            assert refused.json()["error"]["code"] == "service_unavailable"
-            rest = "\n".join(lines)
-        assert rest.rstrip().endswith("data: [DONE]") and rest.count('"finish_reason":"length"') == 8
+        # Long enough to be at work when the next request comes, and short enough for a slow machine to finish.
+        body = {"model": MODEL, "messages": ASKED, "max_tokens": 512, "n": 4, "stream": True}
+        with httpx.Client(base_url=url, headers=headers, timeout=120) as client:
+            assert client.get("/healthz").json() == {"status": "ok"}
+            with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+                lines = answer.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                until(lambda: client.get("/healthz").json() == {"status": "draining"}, "it is told to end")
+                refused = client.get("/v1/models")
+                rest = "\n".join(lines)
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert refused.json()["error"]["code"] == "service_unavailable"
+        assert rest.rstrip().endswith("data: [DONE]") and rest.count('"finish_reason":"length"') == 4
         assert process.wait() == 0
     assert KEY not in "".join(said) and "长江" not in "".join(said) and "Traceback" not in "".join(said)
 

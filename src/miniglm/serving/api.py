@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -58,9 +58,7 @@ class _Route(APIRoute):
         return handle
 
 
-class _Json(Response):
-    media_type = "application/json"
-
+class _Json(JSONResponse):
     def render(self, content: Any) -> bytes:
         return to_json(content)
 

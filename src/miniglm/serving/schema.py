@@ -110,7 +110,7 @@ class GenerationRequest(_Wire):
     temperature: float | None = Field(None, ge=0, le=2, description="温度；0 是每步取最可能的")
     top_p: float | None = Field(None, gt=0, le=1, description="只从概率之和到 p 为止的里选")
     top_k: int | None = Field(None, ge=0, description="只从最可能的 k 个里选；0 不限")
-    repetition_penalty: float | None = Field(None, gt=0, description="重复惩罚；1 是没有")
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10, description="重复惩罚；1 是没有")
     stop: StopText | list[StopText] | None = Field(None, description="出现其中一个就停，它自己不算答案")
     seed: Seed | None = Field(None, description="随机种子；第 i 个答案用 seed + i")
     n: int | None = Field(None, ge=1, description="几个答案")
