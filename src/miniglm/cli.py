@@ -64,8 +64,9 @@ def _open(
     encoding: str | None = None,
     simplify: bool | None = None,
     allow_bad: bool = False,
+    offline: bool = False,
 ) -> Run:
-    from miniglm.pipeline import Run
+    from miniglm.pipeline import Run, offline_paths
     from miniglm.recipe import load_recipe
 
     if minutes is not None and not 0 < minutes < 1e6:
@@ -83,6 +84,10 @@ def _open(
         overrides["qa.validation"] = []
     elif book:
         overrides |= {"qa.train": [], "qa.validation": []}  # the shipped questions are about another book
+    if offline:
+        if qa:
+            raise MiniGLMError("--offline 和 --qa 不能一起用", fix="有了问答就不必用规则出题，去掉其中一个")
+        overrides |= offline_paths(out)
     overrides = {key: value for key, value in overrides.items() if value is not None}
     saved = out / "recipe.toml"
     base = recipe or (saved if saved.exists() else None)
@@ -328,13 +333,19 @@ def demo(
     encoding: Encoding = None,
     simplify: Simplify = None,
     allow_bad_lines: AllowBad = False,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="没有问答也没有大模型可用时，按规则从书里出题；只是凑合，见 docs/synthesis.md"),
+    ] = False,
 ) -> None:
     """从一本书到一个会回答的模型：取书、训练、报告成绩、聊天。中断后再运行会接着做。"""
     begun = time.monotonic()
     from miniglm import pipeline
     from miniglm.ui import say
 
-    run = _open(out, recipe, minutes, book, qa, device, encoding, simplify, allow_bad_lines)
+    run = _open(out, recipe, minutes, book, qa, device, encoding, simplify, allow_bad_lines, offline)
+    if offline:
+        pipeline.write_offline(run)
     pipeline.demo(run, begun)
     for line in pipeline.report_lines(pipeline.read_report(out)):
         print(line)

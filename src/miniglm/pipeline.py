@@ -32,7 +32,7 @@ from miniglm.dataset import (
 )
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.evaluate import FORMAT as REPORT_FORMAT
-from miniglm.evaluation.evaluate import Part, Settings, Subject, Text, spread
+from miniglm.evaluation.evaluate import Part, Settings, Subject, Text
 from miniglm.evaluation.evaluate import evaluate as write_report
 from miniglm.evaluation.measure import bits_per_character
 from miniglm.evaluation.pictures import draw_losses
@@ -41,7 +41,9 @@ from miniglm.model import GLM
 from miniglm.planning import LENGTHS, Plan, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
 from miniglm.qa.leaks import split_every_tenth
+from miniglm.qa.offline import write_offline_sets
 from miniglm.qa.questions import normalize_question
+from miniglm.qa.spread import spread
 from miniglm.recipe import Recipe, load_recipe
 from miniglm.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from miniglm.training import Interrupted, TrainResult, train
@@ -188,6 +190,29 @@ def prepare(run: Run) -> None:
     say(
         f"训练 {len(parts.train):,} 段、验证 {len(parts.validation):,} 段（{parts.duplicates_moved} 段因与训练部分重复移回训练）；"
         f"问答 训练 {len(sets['train']):,} 条、验证 {len(sets['validation']):,} 条、没教过的 {len(sets['unseen']):,} 条"
+    )
+
+
+OFFLINE = ("train", "validation", "unseen")
+
+
+def offline_paths(path: Path) -> dict[str, list[str]]:
+    """The recipe's settings for question sets that `write_offline` makes in a run folder."""
+    return {f"qa.{name}": [str((path / "offline" / f"{name}.jsonl").resolve())] for name in OFFLINE}
+
+
+def write_offline(run: Run) -> None:
+    """Makes the question sets that rules find in the run's own books: RUN/offline, unless they are there."""
+    folder = run.path / "offline"
+    if all((folder / f"{name}.jsonl").exists() for name in OFFLINE):
+        return
+    given = run.recipe.corpus
+    with download_bar("取书") as progress:
+        books = load_books(given.books, encoding=given.encoding, simplify=given.simplify, progress=progress)
+    counts = write_offline_sets(books, folder)
+    say(
+        f"用规则从书里出了题：训练 {counts['train']:,} 条、验证 {counts['validation']:,} 条、"
+        f"没教过的 {counts['unseen']:,} 条（{folder}）。这些题只问谁说的、下一句、缺的名字和第几回，远不如人写的或大模型出的"
     )
 
 
