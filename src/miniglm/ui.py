@@ -58,6 +58,27 @@ def count_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
+def described_bar(total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar for `total` things with a text that changes; gives the callback (done, text). Where there is no terminal,
+    a line at every tenth instead."""
+    if not console.is_terminal:
+        said = 0
+
+        def line(done: int, text: str) -> None:
+            nonlocal said
+            if done * 10 // max(1, total) > said or done == total:
+                said = done * 10 // max(1, total)
+                say(f"{done}/{total} · {text}")
+
+        yield line
+        return
+    columns = (BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total} · {task.description}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, text: bar.update(task, completed=done, description=text)
+
+
+@contextmanager
 def training_bar(name: str, characters_per_token: float) -> Iterator[Callable[[TrainingProgress], None]]:
     """The line of a training stage; where there is no terminal, a line at each validation instead."""
     last_scores: dict[str, float] = {}

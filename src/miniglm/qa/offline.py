@@ -55,11 +55,11 @@ TEMPLATES = {
         "标题里有“{given}”的是哪一{unit}？",
     ),
 }
-ANSWERS = {
-    "speaker": "“{given}”这句话是{key}说的。",
-    "verse": "“{given}”的下一句是“{key}”。",
+ANSWERS = {  # what decides comes first: a small model has it before it tires of copying
+    "speaker": "是{key}说的：“{given}”",
+    "verse": "下一句是“{key}”，接在“{given}”后面。",
     "name": "空着的名字是{key}，原文是：“{whole}”",
-    "chapter": "“{given}”是{key}的标题。",
+    "chapter": "在{key}，标题里有“{given}”。",
 }
 BLANK = "＿＿"
 
