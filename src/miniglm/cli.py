@@ -651,6 +651,106 @@ def _synthesize(made: Any, endpoint: Any, at_once: int, budget: Any, price: Any,
         )
 
 
+@qa_app.command("curate")
+def qa_curate(
+    file: Annotated[Path, typer.Argument(help="问答文件，任何一种格式")],
+    out: Annotated[Path, typer.Option("--out", help="留下的写到这个 jsonl；去掉的连同原因写到旁边的 .rejected.jsonl")],
+    book: Annotated[list[str] | None, typer.Option("--book", help="书；给了就查证据是不是原文，可给多次")] = None,
+    per_chapter: Annotated[int | None, typer.Option("--per-chapter", min=1, help="每章最多留多少条，均匀地留")] = None,
+    similarity: Annotated[float, typer.Option(min=0.1, max=1, help="相似度不低于它就算几乎相同")] = 0.8,
+    novelty: Annotated[
+        float | None,
+        typer.Option("--novelty", min=0.1, max=1, help="与留下的别的问题 ROUGE-L 达到它的不要；self-instruct 用 0.7"),
+    ] = None,
+    encoding: Encoding = None,
+    simplify: Simplify = None,
+) -> None:
+    """清理：重复、矛盾、太长太短、语言不对、泄露要点、证据不是原文；什么也不删，去掉的另存并写明原因。"""
+    from collections import Counter
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from miniglm.qa.curation import Criteria, chapter_counts, curate
+    from miniglm.qa.formats import read_examples, to_row, write_jsonl
+    from miniglm.qa.synthesis import rejected_file
+    from miniglm.ui import count_bar, say
+
+    dropped = rejected_file(out)
+    for path in (out, dropped):
+        if path.exists():
+            raise MiniGLMError("这个文件已经有了，不会覆盖", path=path, fix="换一个 --out")
+    read = read_examples(file, allow_bad=True)
+    text = None
+    if book:
+        from miniglm.corpus import load_books
+
+        books = load_books(book, encoding=encoding, simplify=simplify)
+        text = "\n".join(p.text for each in books for p in each.paragraphs)
+    examples = list(read.examples)
+    with count_bar("比较", len(examples)) as bar:
+        faults = curate(examples, Criteria(similarity, per_chapter, novelty), text, bar)
+        bar(len(examples))
+    rows = [to_row(e) if read.format == "csv" or not e.extra else e.extra for e in examples]
+    rejected = [{"reason": "读不出来", "line": bad.line, "detail": bad.reason} for bad in read.rejected]
+    for number, fault in sorted(faults.items()):
+        other = {} if fault.other is None else {"other": examples[fault.other].question}
+        rejected.append({"reason": fault.reason} | other | rows[number])
+    write_jsonl(out, (row for number, row in enumerate(rows) if number not in faults))
+    write_jsonl(dropped, rejected)
+    table = Table("去掉的原因", "条数", "例子")
+    for reason, count in Counter(str(row["reason"]) for row in rejected).most_common():
+        example = next((examples[n] for n, fault in faults.items() if fault.reason == reason), None)
+        table.add_row(reason, f"{count:,}", "" if example is None else f"{example.question} {example.answer}"[:60])
+    table.add_row("留下", f"{len(examples) - len(faults):,}", "")
+    Console().print(table)
+    chapters = chapter_counts([e for n, e in enumerate(examples) if n not in faults])
+    if len(chapters) > 1:
+        sizes = sorted(chapters.values())
+        say(f"{len(chapters)} 章，每章 {sizes[0]} 到 {sizes[-1]} 条，中位数 {sizes[len(sizes) // 2]}")
+    say(f"留下的在 {out}，去掉的在 {dropped}")
+
+
+@qa_app.command("review")
+def qa_review(
+    file: Annotated[Path, typer.Argument(help="问答文件，任何一种格式；它本身不会改动")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="看过的问答写到这里；不给就是旁边的 .reviewed.jsonl")
+    ] = None,
+    book: Annotated[list[str] | None, typer.Option("--book", help="书；给了就显示证据前后的原文，可给多次")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="端口；不给就找一个空的")] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="不自动打开浏览器")] = False,
+    encoding: Encoding = None,
+    simplify: Simplify = None,
+) -> None:
+    """在本机的网页里逐条看：原文和证据、问答，用键盘保留、修改或弃掉；每按一次都存下。"""
+    from miniglm.qa.review import Review, decisions_file
+    from miniglm.qa.review_page import launch_page
+    from miniglm.ui import say
+
+    books = []
+    if book:
+        from miniglm.corpus import load_books
+
+        books = load_books(book, encoding=encoding, simplify=simplify)
+    target = out or file.with_name(f"{file.stem}.reviewed.jsonl")
+    if target.resolve() == file.resolve():
+        raise MiniGLMError("--out 是问答文件本身，它不会改动", path=target, fix="换一个 --out")
+    review = Review(file, books)
+    page = launch_page(review, target, port=port, browser=not no_browser)
+    say(f"在浏览器里打开 {page.local_url}；决定都记在 {decisions_file(file)}；按 Ctrl-C 结束并写出")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        page.close(verbose=False)
+        count = review.write(target)
+        review.close()
+        say(f"{count} 条写到 {target}，{len(review.examples) - len(review.decisions)} 条还没有看")
+
+
 @corpus_app.command("list")
 def corpus_list() -> None:
     """列出书目里的书。"""
