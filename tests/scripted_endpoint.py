@@ -87,7 +87,7 @@ class ScriptedEndpoint:
         async def start() -> None:
             app = web.Application()
             app.router.add_post("/v1/chat/completions", self._complete)
-            self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+            self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
             await self._runner.setup()
             site = web.TCPSite(self._runner, "127.0.0.1", 0)
             await site.start()
@@ -113,7 +113,10 @@ class ScriptedEndpoint:
         self._loop.close()
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
+        try:
+            body = await request.json()
+        except ConnectionResetError:  # the client was killed
+            return web.Response(status=400)
         self.headers.append(dict(request.headers))
         self.bodies.append(body)
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":

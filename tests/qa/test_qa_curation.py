@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rouge_score.rouge_scorer import _score_lcs
+from rouge_score.rouge_scorer import _score_lcs  # type: ignore[import-untyped]
 from running import ROOT
 from typer.testing import CliRunner
 
@@ -114,12 +114,12 @@ def lines_of(path: Path) -> list[str]:
 
 
 def test_a_set_written_with_care_stays_whole() -> None:
-    examples = [e for e in read_examples(ROOT / "data/sanguo/train.jsonl").examples[:800]]
+    examples = read_examples(ROOT / "data/sanguo/train.jsonl").examples[:400]
     assert curate(examples, Criteria()) == {}
 
 
 def test_pairs_of_different_facts_that_are_nearly_the_same() -> None:
-    long = "因为他在长坂坡单枪匹马冲进曹军之中，来回冲杀，把幼主阿斗抱在怀里救了出来。"
+    long = "因为他在长坂坡单枪匹马冲进曹军之中，来回冲杀，把幼主阿斗抱在怀里救了出来，刘备见了他们，把孩子掷在地上，说为了这小儿几乎折了一员大将。"
     rows = [
         Example((Turn("赵云为何有名？", long),), id="1"),
         Example((Turn("人们为什么敬重赵云？", long + "真的。"),), id="2"),

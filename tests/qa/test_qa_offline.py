@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import RECIPE, miniglm
+from running import RECIPE
 from typer.testing import CliRunner
 
 from miniglm.cli import app
@@ -103,16 +103,16 @@ def test_synthesize_offline_writes_one_set(tmp_path: Path) -> None:
 
 
 def test_demo_offline_trains_on_them_and_a_rerun_takes_them_again(tmp_path: Path) -> None:
-    book, out = make_book(tmp_path), tmp_path / "run"
+    book, out = make_book(tmp_path, 6), tmp_path / "run"
     (tmp_path / "recipe.toml").write_text(RECIPE, "utf-8")
     begin = ("demo", "--no-chat", "--recipe", tmp_path / "recipe.toml", "--out", out)
     assert isinstance(invoke(*begin, "--book", book, "--offline", "--qa", "x.jsonl").exception, MiniGLMError)
-    done = miniglm(*begin, "--book", book, "--offline")
-    assert done.returncode == 0, done.stderr
+    done = invoke(*begin, "--book", book, "--offline")
+    assert done.exit_code == 0, done.output
     assert "没教过的题" in done.stdout and "用规则从书里出了题" in done.stderr
     made = {path.name: path.stat().st_mtime_ns for path in (out / "offline").iterdir()}
     assert set(made) == {"train.jsonl", "validation.jsonl", "unseen.jsonl"}
     assert '"source": "offline"' in (out / "qa" / "train.jsonl").read_text("utf-8")
-    again = miniglm(*begin, "--book", book, "--offline")
-    assert again.returncode == 0 and "微调已完成，跳过" in again.stderr
+    again = invoke(*begin, "--book", book, "--offline")
+    assert again.exit_code == 0 and "微调已完成，跳过" in again.stderr
     assert made == {path.name: path.stat().st_mtime_ns for path in (out / "offline").iterdir()}

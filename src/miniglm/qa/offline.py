@@ -97,8 +97,8 @@ _SAID = re.compile(
 # What stands between a name and 曰 or 道: how it was said, and what was done meanwhile.
 _MANNER = "大厉冷微点摇拍起回赶因也都只又便即乃亦急忙连低高含陪慢轻说笑哭泣叹怒喝骂问答喊叫应谢告谏奏禀报劝曰道忽正早先再方才却遂就则复皆"
 _NO_NAME = re.compile(
-    "[我你您他她它们谁这那其之者众某吾汝尔各皆人们的了着过不是在有和与及同对向把被将使令若如但而却且然一二三两几数]"
-    "|[喜惊声谓呼官卒叱付伏仰来听]|[臣士子]$|口[内里]|[点摇回]头|拍手|半[晌日]|只得|大家|^嬷嬷$|洞主|哨马|左右|军士|小校|百姓|先生|丫头|丫鬟|婆子|媳妇|老爷|太太|奶奶|姑娘|妈妈|小厮|太医|主公|丞相|将军|太守|夫人|陛下"
+    "[我你您他她它谁这那其之者众某吾汝皆人们的了着不是被把且却]"
+    "|[喜惊声谓呼官卒叱付伏仰来听]|[臣士子将令面]$|口[内里]|[点摇回]头|拍手|半[晌日]|只得|大家|^嬷嬷$|洞主|哨马|左右|军士|小校|百姓|先生|丫头|丫鬟|婆子|媳妇|老爷|太太|奶奶|姑娘|妈妈|小厮|太医|主公|丞相|将军|太守|夫人|陛下"
     "|探马|细作|忽报|自思|自言|暗想|心中|诗曰|古语|俗语|常言|正是|听说|听见|听了|只听|只见|说罢|看官|后来|前日|今日"
 )
 
@@ -115,11 +115,12 @@ def _names(paragraphs: Iterable[Paragraph], text: str) -> list[str]:
             if 2 <= len(who) <= 4 and not _NO_NAME.search(who) and who[-1] not in _MANNER:
                 spoken[who] += 1
     often = {who: n for who, n in spoken.items() if n >= 3 and text.count(who) >= 2 * n}
-    # 「玄德大喜」 and 「宝玉听」 begin with a name that is known without them.
+    # 「玄德大喜」 begins with a name that is known without the rest, 「向宝玉」 ends with one.
     return [
         who
         for who in sorted(often, key=lambda who: -often[who])
         if not any(who != other and who.startswith(other) and often[other] > often[who] for other in often)
+        and not (who[0] in "向对" and who[1:] in often)
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def build_page(review: Review, out: Path) -> Any:
         chosen = next((n for n in open_rows if n > after), next(iter(open_rows or listed), None))
         return show(chosen, chapter, doubt, "" if open_rows else "这里的都看过了")
 
-    def decide(number: float, chapter: str, doubt: str, question: str, answer: str, keys: str, keep: bool) -> list[Any]:
+    def decide(keep: bool, number: float, chapter: str, doubt: str, question: str, answer: str, keys: str) -> list[Any]:
         row = int(number)
         if row < 0:
             return first(chapter, doubt)
@@ -146,8 +147,8 @@ def build_page(review: Review, out: Path) -> Any:
         filters = [chapter, doubt]
         texts = [number, *filters, question, answer, keys]
         more: dict[str, Any] = {"outputs": shown, "queue": False, "show_progress": "hidden"}
-        buttons["keep"].click(lambda *given: decide(*given, keep=True), texts, **more)
-        buttons["reject"].click(lambda *given: decide(*given, keep=False), texts, **more)
+        buttons["keep"].click(partial(decide, True), texts, **more)
+        buttons["reject"].click(partial(decide, False), texts, **more)
         buttons["back"].click(lambda n, c, d: step(int(n), c, d, -1), [number, *filters], **more)
         buttons["next"].click(lambda n, c, d: step(int(n), c, d, 1), [number, *filters], **more)
         buttons["undecided"].click(lambda n, c, d: first(c, d, int(n)), [number, *filters], **more)
