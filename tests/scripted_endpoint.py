@@ -7,6 +7,7 @@ known exactly; the script says which requests go wrong and how.
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 import threading
@@ -34,6 +35,13 @@ def passage_text(number: int) -> str:
     )
 
 
+@functools.cache
+def _to_traditional() -> Any:
+    from opencc import OpenCC
+
+    return OpenCC("s2t")
+
+
 def facts_of(passage: str, traditional: bool = False) -> list[dict[str, Any]]:
     """The facts that a good answer holds: two, each with two questions."""
     found = re.search(r"第(\d+)号客店的店主姓马，单名一个(.)字", passage)
@@ -55,9 +63,7 @@ def facts_of(passage: str, traditional: bool = False) -> list[dict[str, Any]]:
         },
     ]
     if traditional:
-        from opencc import OpenCC
-
-        converted: list[dict[str, Any]] = json.loads(OpenCC("s2t").convert(json.dumps(facts, ensure_ascii=False)))
+        converted: list[dict[str, Any]] = json.loads(_to_traditional().convert(json.dumps(facts, ensure_ascii=False)))
         return converted
     return facts
 
@@ -147,7 +153,11 @@ class ScriptedEndpoint:
             and kind in ("json_schema", "json_object")[: 1 if name == "no schema" else 2]
         ):
             return _error(400, f"response_format {kind} is not supported")
-        if name in (GOOD, "no schema", "no json", "doubtful"):
+        if name == "reasoning model" and "max_tokens" in body:
+            return _error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        if name == "reasoning model" and "temperature" in body:
+            return _error(400, "Unsupported value: 'temperature' does not support 0.7 with this model.")
+        if name in (GOOD, "reasoning model", "no schema", "no json", "doubtful"):
             self.answered[passage] += 1
             return _completion(good)
         if name == "ignores the schema":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ def _open(
     allow_bad: bool = False,
     offline: bool = False,
 ) -> Run:
-    from miniglm.pipeline import Run, offline_paths
+    from miniglm.pipeline import Run, open_offline
     from miniglm.recipe import load_recipe
 
     if minutes is not None and not 0 < minutes < 1e6:
@@ -84,14 +85,13 @@ def _open(
         overrides["qa.validation"] = []
     elif book:
         overrides |= {"qa.train": [], "qa.validation": []}  # the shipped questions are about another book
-    if offline:
-        if qa:
-            raise MiniGLMError("--offline 和 --qa 不能一起用", fix="有了问答就不必用规则出题，去掉其中一个")
-        overrides |= offline_paths(out)
+    if offline and qa:
+        raise MiniGLMError("--offline 和 --qa 不能一起用", fix="有了问答就不必用规则出题，去掉其中一个")
     overrides = {key: value for key, value in overrides.items() if value is not None}
     saved = out / "recipe.toml"
     base = recipe or (saved if saved.exists() else None)
-    return Run(out, load_recipe(base, overrides))
+    loaded = load_recipe(base, overrides)
+    return open_offline(out, loaded) if offline else Run(out, loaded)
 
 
 @app.command()
@@ -344,8 +344,6 @@ def demo(
     from miniglm.ui import say
 
     run = _open(out, recipe, minutes, book, qa, device, encoding, simplify, allow_bad_lines, offline)
-    if offline:
-        pipeline.write_offline(run)
     pipeline.demo(run, begun)
     for line in pipeline.report_lines(pipeline.read_report(out)):
         print(line)
@@ -503,8 +501,6 @@ def _budget(text: str | None) -> tuple[int | None, float | None]:
     """`--budget` as tokens or as money: 500000, 50万, 10元, $2."""
     if text is None:
         return None, None
-    import re
-
     match = re.fullmatch(r"([¥￥$]?)\s*([0-9][0-9,]*(?:\.[0-9]+)?)\s*(万|k|K|m|M)?\s*(元|美元|tokens?)?", text.strip())
     if not match or (match[1] and match[4]):
         raise MiniGLMError(f"--budget 是 {text!r}，应为 token 数或钱数", fix="例如 500000、50万、10元、$2")
@@ -580,11 +576,14 @@ def qa_synthesize(
         raise MiniGLMError("--budget 是钱数，却没有单价", fix="加上 --price-in 和 --price-out（每百万 token 的价钱）")
     preset = PRESETS[provider] if provider else OWN
     key = read_key(preset, key_file)
+    address = base_url or preset.base_url
+    if key and address.startswith("http://") and not re.match(r"http://(localhost|127\.|\[::1\])", address):
+        say(f"注意：{address} 不是 https，密钥会明文经过网络")
     settings = synthesis.Settings(model, passage, facts, phrasings, check)
     made = synthesis.Synthesis(
         load_books(books, encoding=encoding, simplify=simplify), synthesis.read_seeds(seeds), settings, out
     )
-    endpoint = Endpoint(base_url or preset.base_url, model, key, structure=preset.structure, timeout=timeout)
+    endpoint = Endpoint(address, model, key, structure=preset.structure, timeout=timeout)
     _synthesize(made, endpoint, at_once, synthesis.Budget(tokens, money), price, yes)
 
 

@@ -41,7 +41,7 @@ from miniglm.model import GLM
 from miniglm.planning import LENGTHS, Plan, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
 from miniglm.qa.leaks import split_every_tenth
-from miniglm.qa.offline import write_offline_sets
+from miniglm.qa.offline import offline_sets, write_offline_sets
 from miniglm.qa.questions import normalize_question
 from miniglm.qa.spread import spread
 from miniglm.recipe import Recipe, load_recipe
@@ -193,27 +193,32 @@ def prepare(run: Run) -> None:
     )
 
 
-OFFLINE = ("train", "validation", "unseen")
+def open_offline(path: Path, recipe: Recipe) -> Run:
+    """A run on the question sets that rules find in its own books, in RUN/offline; a rerun takes those that are there.
 
+    The sets are found before anything is written, so that a book without any leaves nothing behind.
 
-def offline_paths(path: Path) -> dict[str, list[str]]:
-    """The recipe's settings for question sets that `write_offline` makes in a run folder."""
-    return {f"qa.{name}": [str((path / "offline" / f"{name}.jsonl").resolve())] for name in OFFLINE}
-
-
-def write_offline(run: Run) -> None:
-    """Makes the question sets that rules find in the run's own books: RUN/offline, unless they are there."""
-    folder = run.path / "offline"
-    if all((folder / f"{name}.jsonl").exists() for name in OFFLINE):
-        return
-    given = run.recipe.corpus
-    with download_bar("取书") as progress:
-        books = load_books(given.books, encoding=given.encoding, simplify=given.simplify, progress=progress)
-    counts = write_offline_sets(books, folder)
-    say(
-        f"用规则从书里出了题：训练 {counts['train']:,} 条、验证 {counts['validation']:,} 条、"
-        f"没教过的 {counts['unseen']:,} 条（{folder}）。这些题只问谁说的、下一句、缺的名字和第几回，远不如人写的或大模型出的"
-    )
+    Raises:
+        MiniGLMError: the books cannot be read or the rules find too little in them; and as `Run`.
+    """
+    folder = path / "offline"
+    files = {name: folder / f"{name}.jsonl" for name in ("train", "validation", "unseen")}
+    sets = None
+    if not all(file.exists() for file in files.values()):
+        given = recipe.corpus
+        with download_bar("取书") as progress:
+            books = load_books(given.books, encoding=given.encoding, simplify=given.simplify, progress=progress)
+        sets = offline_sets(books)
+    qa = recipe.qa.model_copy(update={name: [str(file.resolve())] for name, file in files.items()})
+    run = Run(path, recipe.model_copy(update={"qa": qa}))
+    if sets is not None:
+        write_offline_sets(sets, folder)
+        counts = "、".join(
+            f"{title} {len(sets[name]):,} 条"
+            for name, title in (("train", "训练"), ("validation", "验证"), ("unseen", "没教过的"))
+        )
+        say(f"用规则从书里出了题：{counts}（{folder}）。只问谁说的、下一句、缺的名字和第几回，远不如人写的或大模型出的")
+    return run
 
 
 def examples(run: Run, name: str) -> list[Example]:

@@ -107,6 +107,9 @@ def test_demo_offline_trains_on_them_and_a_rerun_takes_them_again(tmp_path: Path
     (tmp_path / "recipe.toml").write_text(RECIPE, "utf-8")
     begin = ("demo", "--no-chat", "--recipe", tmp_path / "recipe.toml", "--out", out)
     assert isinstance(invoke(*begin, "--book", book, "--offline", "--qa", "x.jsonl").exception, MiniGLMError)
+    (tmp_path / "空.txt").write_text("天地玄黄，宇宙洪荒，日月盈昃，辰宿列张。" * 50, "utf-8")
+    assert isinstance(invoke(*begin, "--book", tmp_path / "空.txt", "--offline").exception, MiniGLMError)
+    assert not out.exists()
     done = invoke(*begin, "--book", book, "--offline")
     assert done.exit_code == 0, done.output
     assert "没教过的题" in done.stdout and "用规则从书里出了题" in done.stderr

@@ -34,7 +34,6 @@ from miniglm.qa.synthesis import Budget, Price, Settings, Synthesis, read_seeds,
 from miniglm.qa.text import fold
 
 KEY = "sk-test-1234567890abcdef"
-QUICK: dict[str, Any] = {"timeout": 1.0, "first_wait": 0.01}
 SETTINGS = Settings("scripted", passage=120, facts=2, phrasings=2)
 
 
@@ -62,10 +61,10 @@ def run(
     *,
     key: str = "",
     at_once: int = 4,
-    structure: Any = "json_schema",
+    timeout: float = 60.0,
     **more: Any,
 ) -> tuple[str, Endpoint]:
-    endpoint = Endpoint(server.base_url, "scripted", key, structure=structure, **QUICK)
+    endpoint = Endpoint(server.base_url, "scripted", key, timeout=timeout, first_wait=0.01)
 
     async def go() -> str:
         try:
@@ -122,7 +121,9 @@ def test_what_goes_wrong_once_goes_well_the_next_time(
 ) -> None:
     out = tmp_path / "set.jsonl"
     with ScriptedEndpoint(at(fault)) as server:
-        stopped, endpoint = run(Synthesis(book, seeds, SETTINGS, out), server, at_once=12)
+        stopped, endpoint = run(
+            Synthesis(book, seeds, SETTINGS, out), server, at_once=12, timeout=2.0 if fault == "hang" else 60.0
+        )
     assert stopped == "" and set(server.asked.values()) == {2}
     assert questions(out) == expected(12)
     assert endpoint.retries == (0 if fault == "malformed" else 12)
@@ -164,6 +165,15 @@ def test_an_endpoint_without_schemas(tmp_path: Path, book: list[Book], seeds: li
         assert stopped == "" and questions(out) == expected(12)
         asked = [body.get("response_format", {}).get("type") for body in server.bodies]
         assert asked == kinds + [kinds[-1]] * 11  # learnt once
+
+
+def test_a_model_that_refuses_the_usual_parameters(tmp_path: Path, book: list[Book], seeds: list[Example]) -> None:
+    out = tmp_path / "set.jsonl"
+    with ScriptedEndpoint(lambda passage, before: "reasoning model") as server:
+        stopped, _ = run(Synthesis(book, seeds, SETTINGS, out), server, at_once=6)
+    assert stopped == "" and questions(out) == expected(12)
+    assert {"max_completion_tokens", "response_format"} <= server.bodies[-1].keys()
+    assert not {"max_tokens", "temperature"} & server.bodies[-1].keys()
 
 
 @pytest.mark.parametrize("name", ["ignores the schema", "traditional"])

@@ -12,10 +12,10 @@ import random
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from miniglm.errors import MiniGLMError
 from miniglm.qa.prompts import Message, estimated_tokens
@@ -88,14 +88,54 @@ def read_key(preset: Preset, file: Path | None) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class _Form:
+    """What a request says besides its messages; an endpoint that refuses some of it gets less."""
+
+    structure: Structure
+    temperature: float | None
+    limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+
+    def parameters(self, schema: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+        """As the API names them."""
+        found: dict[str, Any] = {self.limit: max_tokens}
+        if self.temperature is not None:
+            found["temperature"] = self.temperature
+        if self.structure == "json_schema":
+            form = {"name": "reply", "strict": True, "schema": schema}
+            found["response_format"] = {"type": "json_schema", "json_schema": form}
+        elif self.structure == "json_object":
+            found["response_format"] = {"type": "json_object"}
+        return found
+
+    def without(self, error: APIStatusError) -> _Form | None:
+        """The form without what a refusal is about; None where it is about something else.
+
+        OpenAI's reasoning models refuse max_tokens and a temperature by name. Where the text names nothing,
+        response_format is what an endpoint is most likely not to know.
+        """
+        text = str(error.message).casefold()
+        if self.limit == "max_tokens" and "max_completion_tokens" in text:
+            return replace(self, limit="max_completion_tokens")
+        if self.temperature is not None and "temperature" in text:
+            return replace(self, temperature=None)
+        about_another = _NOT_THE_FORM.search(text) or (
+            error.status_code == 404 and "response_format" not in text and "json" not in text  # no such model
+        )
+        if self.structure == "none" or about_another:
+            return None
+        return replace(self, structure=_STEPS[_STEPS.index(self.structure) + 1])
+
+
+_NOT_THE_FORM = re.compile(r"context|maximum|too long|max_tokens|content.?filter|sensitive|敏感|长度|model.{0,20}not")
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
-    """A completion. The token counts are the endpoint's, or estimates where it gives none; `cut` is whether it ran
-    into the limit of tokens."""
+    """A completion. The token counts are the endpoint's, or estimates where it gives none."""
 
     text: str
     prompt_tokens: int
     completion_tokens: int
-    cut: bool
 
 
 class Endpoint:
@@ -123,9 +163,9 @@ class Endpoint:
             from openai import AsyncOpenAI
         except ImportError:
             raise MiniGLMError("出题要用 openai 和 tenacity", fix='请运行 pip install "miniglm-chat[synth]"') from None
-        self.base_url, self.model, self.structure = base_url, model, structure
+        self.base_url, self.model = base_url, model
         self.retries = 0
-        self._key, self._temperature = key, temperature
+        self._key, self._form = key, _Form(structure, temperature)
         self._tries, self._first_wait = tries, first_wait
         try:
             # The client would take these from OPENAI_… variables, which are meant for OpenAI and not for this endpoint.
@@ -168,15 +208,15 @@ class Endpoint:
             reraise=True,
         )
         while True:
-            structure = self.structure
+            form = self._form
             try:
-                return await retrying(self._once, messages, schema, structure, max_tokens)
+                return await retrying(self._once, messages, form.parameters(schema, max_tokens))
             except openai.APIStatusError as error:
-                refused = error.status_code in (400, 404, 415, 422, 501)
-                if refused and structure != "none" and _about_the_form(error):
-                    if self.structure == structure:  # another request may have stepped down meanwhile
-                        self.structure = _STEPS[_STEPS.index(structure) + 1]
-                    continue
+                if error.status_code in (400, 404, 415, 422, 501):
+                    if self._form is form:  # another request may have learnt it meanwhile
+                        self._form = form.without(error) or form
+                    if self._form is not form:
+                        continue
                 raise self._explained(error) from None
             except openai.APITimeoutError:
                 raise RequestError("超时，没有等到回答") from None
@@ -185,28 +225,14 @@ class Endpoint:
             except openai.OpenAIError as error:
                 raise RequestError(f"接口出错：{self._safe(error)}") from None
 
-    async def _once(
-        self, messages: Sequence[Message], schema: dict[str, Any], structure: Structure, max_tokens: int
-    ) -> Reply:
+    async def _once(self, messages: Sequence[Message], parameters: dict[str, Any]) -> Reply:
         import openai
 
-        more: dict[str, Any] = {}
-        if structure == "json_schema":
-            form = {"name": "reply", "strict": True, "schema": schema}
-            more["response_format"] = {"type": "json_schema", "json_schema": form}
-        elif structure == "json_object":
-            more["response_format"] = {"type": "json_object"}
         try:
             done = await self._client.chat.completions.create(
-                model=self.model,
-                messages=list(messages),  # type: ignore[arg-type]
-                temperature=self._temperature,
-                max_tokens=max_tokens,
-                **more,
+                model=self.model, messages=cast(Any, messages), **parameters
             )
-            choice = done.choices[0]
-            text = choice.message.content or ""
-            cut = choice.finish_reason == "length"
+            text = done.choices[0].message.content or ""
         except openai.OpenAIError:
             raise
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
@@ -217,7 +243,6 @@ class Endpoint:
             text,
             usage.prompt_tokens if usage else estimated_tokens(messages),
             usage.completion_tokens if usage else len(text),
-            cut,
         )
 
     def _wait(self, state: RetryCallState) -> float:
@@ -261,16 +286,6 @@ def _may_go_better(error: BaseException) -> bool:
         transient = error.status_code in (408, 409, 425, 429) or error.status_code >= 500
         return transient and error.status_code != 501 and not _out_of_money(error) and not _too_long(error)
     return isinstance(error, (openai.APIConnectionError, openai.APIResponseValidationError, _NoCompletionError))
-
-
-def _about_the_form(error: APIStatusError) -> bool:
-    """Whether a refusal may come from `response_format`; where the text does not say, it is tried without."""
-    text = str(error.message).casefold()
-    if error.status_code == 404:  # no such model, unless the form is named
-        return "response_format" in text or "json" in text
-    return not re.search(
-        r"context|maximum|too long|max_tokens|content.?filter|sensitive|敏感|长度|model.{0,20}not", text
-    )
 
 
 def _out_of_money(error: APIStatusError) -> bool:

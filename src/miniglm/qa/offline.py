@@ -11,7 +11,7 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,13 +306,11 @@ def offline_sets(books: Sequence[Book], seed: int = 1337) -> dict[str, list[dict
     return sets
 
 
-def write_offline_sets(books: Sequence[Book], folder: Path) -> dict[str, int]:
-    """Writes train.jsonl, validation.jsonl and unseen.jsonl; how many rows each has.
+def write_offline_sets(sets: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path) -> None:
+    """Writes what `offline_sets` made: train.jsonl, validation.jsonl and unseen.jsonl.
 
     Raises:
-        MiniGLMError: as `offline_sets`, or a file cannot be written.
+        MiniGLMError: a file cannot be written.
     """
-    sets = offline_sets(books)
     for name, rows in sets.items():
         write_jsonl(folder / f"{name}.jsonl", rows)
-    return {name: len(rows) for name, rows in sets.items()}
