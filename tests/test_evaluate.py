@@ -21,9 +21,9 @@ from miniglm import pipeline
 from miniglm.checkpoint import load_model, save_model
 from miniglm.evaluation import evaluate as evaluation
 from miniglm.evaluation.baseline import NearestQuestion
-from miniglm.evaluation.keys import holds_keys
 from miniglm.evaluation.summary import LEAKS_SHOWN, Said
 from miniglm.qa.formats import Example, Turn
+from miniglm.qa.keys import holds_keys
 
 Report = dict[str, Any]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ app = typer.Typer(
 )
 corpus_app = typer.Typer(help="书：目录、取书、检查文件。", no_args_is_help=True)
 app.add_typer(corpus_app, name="corpus")
-qa_app = typer.Typer(help="问答：查泄漏、分训练和验证。", no_args_is_help=True)
+qa_app = typer.Typer(help="问答：出题、清理、人工过目、查泄漏、分训练和验证。", no_args_is_help=True)
 app.add_typer(qa_app, name="qa")
 
 Out = Annotated[Path, typer.Option("--out", help="运行目录，所有结果都在里面")]
@@ -64,8 +65,9 @@ def _open(
     encoding: str | None = None,
     simplify: bool | None = None,
     allow_bad: bool = False,
+    offline: bool = False,
 ) -> Run:
-    from miniglm.pipeline import Run
+    from miniglm.pipeline import Run, open_offline
     from miniglm.recipe import load_recipe
 
     if minutes is not None and not 0 < minutes < 1e6:
@@ -83,10 +85,13 @@ def _open(
         overrides["qa.validation"] = []
     elif book:
         overrides |= {"qa.train": [], "qa.validation": []}  # the shipped questions are about another book
+    if offline and qa:
+        raise MiniGLMError("--offline 和 --qa 不能一起用", fix="有了问答就不必用规则出题，去掉其中一个")
     overrides = {key: value for key, value in overrides.items() if value is not None}
     saved = out / "recipe.toml"
     base = recipe or (saved if saved.exists() else None)
-    return Run(out, load_recipe(base, overrides))
+    loaded = load_recipe(base, overrides)
+    return open_offline(out, loaded) if offline else Run(out, loaded)
 
 
 @app.command()
@@ -383,13 +388,17 @@ def demo(
     encoding: Encoding = None,
     simplify: Simplify = None,
     allow_bad_lines: AllowBad = False,
+    offline: Annotated[
+        bool,
+        typer.Option("--offline", help="没有问答也没有大模型可用时，按规则从书里出题；只是凑合，见 docs/synthesis.md"),
+    ] = False,
 ) -> None:
     """从一本书到一个会回答的模型：取书、训练、报告成绩、打开聊天页面。中断后再运行会接着做。"""
     begun = time.monotonic()
     from miniglm import pipeline
     from miniglm.ui import say
 
-    run = _open(out, recipe, minutes, book, qa, device, encoding, simplify, allow_bad_lines)
+    run = _open(out, recipe, minutes, book, qa, device, encoding, simplify, allow_bad_lines, offline)
     pipeline.demo(run, begun)
     for line in pipeline.report_lines(pipeline.read_report(out)):
         print(line)
@@ -541,6 +550,259 @@ def qa_split(
     for name, part in made.items():
         write_jsonl(out / f"{name}.jsonl", [e.extra or to_row(e) for e in part])
         print(f"{out / name}.jsonl：{len(part)} 题")
+
+
+def _budget(text: str | None) -> tuple[int | None, float | None]:
+    """`--budget` as tokens or as money: 500000, 50万, 10元, $2."""
+    if text is None:
+        return None, None
+    match = re.fullmatch(r"([¥￥$]?)\s*([0-9][0-9,]*(?:\.[0-9]+)?)\s*(万|k|K|m|M)?\s*(元|美元|tokens?)?", text.strip())
+    if not match or (match[1] and match[4]):
+        raise MiniGLMError(f"--budget 是 {text!r}，应为 token 数或钱数", fix="例如 500000、50万、10元、$2")
+    amount = float(match[2].replace(",", "")) * {"万": 1e4, "k": 1e3, "m": 1e6}.get((match[3] or "").lower(), 1)
+    return (None, amount) if match[1] or match[4] in ("元", "美元") else (int(amount), None)
+
+
+@qa_app.command("synthesize")
+def qa_synthesize(
+    books: Annotated[list[str], typer.Argument(help="书：文件、目录、网址或书名", metavar="BOOK…")],
+    out: Annotated[Path, typer.Option("--out", help="问答写到这个 jsonl；中断后用同一个 --out 再运行就接着做")],
+    provider: Annotated[
+        str | None,
+        typer.Option("--provider", help="zhipu、deepseek、qwen、moonshot、openai、ollama、vllm、llamacpp、miniglm"),
+    ] = None,
+    base_url: Annotated[
+        str | None, typer.Option("--base-url", help="OpenAI 形式的接口，代替 --provider 的地址")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="模型的名字，按服务商的写法")] = None,
+    key_file: Annotated[
+        Path | None, typer.Option("--key-file", help="只有密钥的文件；不给就读服务商的环境变量，见 docs/synthesis.md")
+    ] = None,
+    seeds: Annotated[
+        Path | None, typer.Option("--seeds", help="作示例的问答，20 到 50 条；不给就用自带的三国问答")
+    ] = None,
+    passage: Annotated[int, typer.Option("--passage", min=100, max=8000, help="每次给多长的段落，字")] = 1000,
+    facts: Annotated[int, typer.Option("--facts", min=1, max=20, help="每个段落要几个事实")] = 4,
+    phrasings: Annotated[int, typer.Option("--phrasings", min=1, max=8, help="每个事实要几种问法")] = 3,
+    check: Annotated[bool, typer.Option("--check", help="再让模型只看段落回答一遍，答不出要点的不要")] = False,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, max=256, help="同时发几个请求")] = 8,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="一次请求最多等多少秒")] = 180.0,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="到这么多就停：token 数（500000、50万）或钱（10元、$2，要有单价）")
+    ] = None,
+    price_in: Annotated[float | None, typer.Option("--price-in", min=0, help="每百万输入 token 的价钱")] = None,
+    price_out: Annotated[float | None, typer.Option("--price-out", min=0, help="每百万输出 token 的价钱")] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="不问，直接开始")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="不用大模型，按规则从书里出题；弱得多")] = False,
+    encoding: Encoding = None,
+    simplify: Simplify = None,
+) -> None:
+    """让大模型按书的段落出问答；每条都有原文为证，随时可停，接着做不会重问。"""
+    from miniglm.corpus import load_books
+    from miniglm.qa.formats import write_jsonl
+    from miniglm.qa.offline import fact_rows, find_facts
+    from miniglm.ui import say
+
+    if offline:
+        if out.exists():
+            raise MiniGLMError("这个文件已经有了，不会覆盖", path=out, fix="换一个 --out")
+        found = [fact for book in load_books(books, encoding=encoding, simplify=simplify) for fact in find_facts(book)]
+        if not found:
+            raise MiniGLMError("规则在书里找不到可问的事实", path="、".join(books))
+        write_jsonl(out, (row for fact in found for row in fact_rows(fact)))
+        say(f"{len(found):,} 个事实，每个几种问法，写到 {out}。这是按规则出的题，远不如大模型出的")
+        return
+    from miniglm.qa import synthesis
+    from miniglm.qa.endpoint import OWN, PRESETS, Endpoint, read_key
+
+    if provider is not None and provider not in PRESETS:
+        raise MiniGLMError(f"--provider 是 {provider!r}，应为 {'、'.join(PRESETS)} 之一")
+    if provider is None and base_url is None:
+        raise MiniGLMError(
+            "没有说用哪个大模型", fix="给出 --provider 或 --base-url，以及 --model；没有大模型可用就加 --offline"
+        )
+    if model is None:
+        raise MiniGLMError("没有给出 --model", fix="写服务商文档里的模型名")
+    tokens, money = _budget(budget)
+    if (price_in is None) != (price_out is None):
+        raise MiniGLMError("--price-in 和 --price-out 要一起给")
+    price = None if price_in is None or price_out is None else synthesis.Price(price_in, price_out)
+    if money is not None and price is None:
+        raise MiniGLMError("--budget 是钱数，却没有单价", fix="加上 --price-in 和 --price-out（每百万 token 的价钱）")
+    preset = PRESETS[provider] if provider else OWN
+    key = read_key(preset, key_file)
+    address = base_url or preset.base_url
+    if key and address.startswith("http://") and not re.match(r"http://(localhost|127\.|\[::1\])", address):
+        say(f"注意：{address} 不是 https，密钥会明文经过网络")
+    settings = synthesis.Settings(model, passage, facts, phrasings, check)
+    made = synthesis.Synthesis(
+        load_books(books, encoding=encoding, simplify=simplify), synthesis.read_seeds(seeds), settings, out
+    )
+    endpoint = Endpoint(address, model, key, structure=preset.structure, timeout=timeout)
+    _synthesize(made, endpoint, at_once, synthesis.Budget(tokens, money), price, yes)
+
+
+def _synthesize(made: Any, endpoint: Any, at_once: int, budget: Any, price: Any, yes: bool) -> None:
+    import asyncio
+
+    from miniglm.qa.synthesis import Progress, rejected_file
+    from miniglm.ui import described_bar, say
+
+    todo, progress = len(made.todo()), made.progress
+    if progress.done:
+        say(f"接着做：{progress.done} 段已完成，{progress.accepted} 条问答")
+    prompt, completion = made.estimate()
+    cost = "" if price is None else f"，约 {price.cost(prompt, completion):.2f} 元（按给出的单价）"
+    say(
+        f"{todo} 个段落要问 {endpoint.model}（{endpoint.base_url}）：估计输入 {prompt:,}、输出 {completion:,} 个 token{cost}"
+    )
+    if todo and not yes:
+        if not sys.stdin.isatty():
+            raise MiniGLMError("开始之前要确认，这里却没有终端可以问", fix="看过上面的估计后加 --yes")
+        if not typer.confirm("开始吗？"):
+            raise typer.Exit(1)
+
+    def described(p: Progress) -> str:
+        spent = "" if price is None else f" · {price.cost(p.prompt_tokens, p.completion_tokens):.2f} 元"
+        failed = f" · 失败 {p.failed}" if p.failed else ""
+        return f"收 {p.accepted} · 弃 {p.rejected}{failed} · {p.tokens:,} token{spent}"
+
+    async def go() -> str:
+        try:
+            with described_bar(progress.passages) as bar:
+                result: str = await made.run(
+                    endpoint,
+                    at_once=at_once,
+                    budget=budget,
+                    price=price,
+                    progress=lambda p: bar(p.done, described(p)),
+                )
+                return result
+        finally:
+            await endpoint.close()
+
+    interrupted = False
+    try:
+        stopped = asyncio.run(go())
+    except KeyboardInterrupt:
+        interrupted, stopped = True, ""
+    for reason, count in progress.reasons.most_common():
+        print(f"弃 {count:6,} 条：{reason}")
+    for reason, count in progress.failures.most_common(5):
+        print(f"失败 {count} 段：{reason}", file=sys.stderr)
+    say(
+        f"{progress.done}/{progress.passages} 段，{progress.accepted:,} 条问答写到 {made.out}，"
+        f"{progress.rejected:,} 条没有收（{rejected_file(made.out)}）；{described(progress)}"
+    )
+    if interrupted:
+        print("已停止，做完的都留着，再运行同一条命令就会接着做。", file=sys.stderr)
+        raise typer.Exit(130)
+    if stopped:
+        raise MiniGLMError(f"停下了：{stopped}", fix="做完的都留着；解决后再运行同一条命令就会接着做")
+    if progress.done < progress.passages:
+        raise MiniGLMError(
+            f"有 {progress.passages - progress.done} 个段落没有做成", fix="再运行同一条命令会只问这些段落"
+        )
+
+
+@qa_app.command("curate")
+def qa_curate(
+    file: Annotated[Path, typer.Argument(help="问答文件，任何一种格式")],
+    out: Annotated[Path, typer.Option("--out", help="留下的写到这个 jsonl；去掉的连同原因写到旁边的 .rejected.jsonl")],
+    book: Annotated[list[str] | None, typer.Option("--book", help="书；给了就查证据是不是原文，可给多次")] = None,
+    per_chapter: Annotated[int | None, typer.Option("--per-chapter", min=1, help="每章最多留多少条，均匀地留")] = None,
+    similarity: Annotated[float, typer.Option(min=0.1, max=1, help="相似度不低于它就算几乎相同")] = 0.8,
+    novelty: Annotated[
+        float | None,
+        typer.Option("--novelty", min=0.1, max=1, help="与留下的别的问题 ROUGE-L 达到它的不要；self-instruct 用 0.7"),
+    ] = None,
+    encoding: Encoding = None,
+    simplify: Simplify = None,
+) -> None:
+    """清理：重复、矛盾、太长太短、语言不对、泄露要点、证据不是原文；什么也不删，去掉的另存并写明原因。"""
+    from collections import Counter
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from miniglm.qa.curation import Criteria, chapter_counts, curate
+    from miniglm.qa.formats import read_examples, to_row, write_jsonl
+    from miniglm.qa.synthesis import rejected_file
+    from miniglm.ui import count_bar, say
+
+    dropped = rejected_file(out)
+    for path in (out, dropped):
+        if path.exists():
+            raise MiniGLMError("这个文件已经有了，不会覆盖", path=path, fix="换一个 --out")
+    read = read_examples(file, allow_bad=True)
+    text = None
+    if book:
+        from miniglm.corpus import load_books
+
+        books = load_books(book, encoding=encoding, simplify=simplify)
+        text = "\n".join(p.text for each in books for p in each.paragraphs)
+    examples = list(read.examples)
+    with count_bar("比较", len(examples)) as bar:
+        faults = curate(examples, Criteria(similarity, per_chapter, novelty), text, bar)
+        bar(len(examples))
+    rows = [to_row(e) if read.format == "csv" or not e.extra else e.extra for e in examples]
+    rejected = [{"reason": "读不出来", "line": bad.line, "detail": bad.reason} for bad in read.rejected]
+    for number, fault in sorted(faults.items()):
+        other = {} if fault.other is None else {"other": examples[fault.other].question}
+        rejected.append({"reason": fault.reason} | other | rows[number])
+    write_jsonl(out, (row for number, row in enumerate(rows) if number not in faults))
+    write_jsonl(dropped, rejected)
+    table = Table("去掉的原因", "条数", "例子")
+    for reason, count in Counter(str(row["reason"]) for row in rejected).most_common():
+        example = next((examples[n] for n, fault in faults.items() if fault.reason == reason), None)
+        table.add_row(reason, f"{count:,}", "" if example is None else f"{example.question} {example.answer}"[:60])
+    table.add_row("留下", f"{len(examples) - len(faults):,}", "")
+    Console().print(table)
+    chapters = chapter_counts([e for n, e in enumerate(examples) if n not in faults])
+    if len(chapters) > 1:
+        sizes = sorted(chapters.values())
+        say(f"{len(chapters)} 章，每章 {sizes[0]} 到 {sizes[-1]} 条，中位数 {sizes[len(sizes) // 2]}")
+    say(f"留下的在 {out}，去掉的在 {dropped}")
+
+
+@qa_app.command("review")
+def qa_review(
+    file: Annotated[Path, typer.Argument(help="问答文件，任何一种格式；它本身不会改动")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="看过的问答写到这里；不给就是旁边的 .reviewed.jsonl")
+    ] = None,
+    book: Annotated[list[str] | None, typer.Option("--book", help="书；给了就显示证据前后的原文，可给多次")] = None,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="端口；不给就找一个空的")] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="不自动打开浏览器")] = False,
+    encoding: Encoding = None,
+    simplify: Simplify = None,
+) -> None:
+    """在本机的网页里逐条看：原文和证据、问答，用键盘保留、修改或弃掉；每按一次都存下。"""
+    from miniglm.qa.review import Review, decisions_file
+    from miniglm.qa.review_page import launch_page
+    from miniglm.ui import say
+
+    books = []
+    if book:
+        from miniglm.corpus import load_books
+
+        books = load_books(book, encoding=encoding, simplify=simplify)
+    target = out or file.with_name(f"{file.stem}.reviewed.jsonl")
+    if target.resolve() == file.resolve():
+        raise MiniGLMError("--out 是问答文件本身，它不会改动", path=target, fix="换一个 --out")
+    review = Review(file, books)
+    page = launch_page(review, target, port=port, browser=not no_browser)
+    say(f"在浏览器里打开 {page.local_url}；决定都记在 {decisions_file(file)}；按 Ctrl-C 结束并写出")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+    finally:
+        page.close(verbose=False)
+        count = review.write(target)
+        review.close()
+        say(f"{count} 条写到 {target}，{len(review.examples) - len(review.decisions)} 条还没有看")
 
 
 @corpus_app.command("list")

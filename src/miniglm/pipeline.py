@@ -32,7 +32,7 @@ from miniglm.dataset import (
 )
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.evaluate import FORMAT as REPORT_FORMAT
-from miniglm.evaluation.evaluate import Part, Settings, Subject, Text, spread
+from miniglm.evaluation.evaluate import Part, Settings, Subject, Text
 from miniglm.evaluation.evaluate import evaluate as write_report
 from miniglm.evaluation.measure import bits_per_character
 from miniglm.evaluation.pictures import draw_losses
@@ -41,7 +41,9 @@ from miniglm.model import GLM
 from miniglm.planning import LENGTHS, Plan, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
 from miniglm.qa.leaks import split_every_tenth
+from miniglm.qa.offline import offline_sets, write_offline_sets
 from miniglm.qa.questions import normalize_question
+from miniglm.qa.spread import spread
 from miniglm.recipe import Recipe, load_recipe
 from miniglm.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
 from miniglm.training import Interrupted, TrainResult, train
@@ -189,6 +191,34 @@ def prepare(run: Run) -> None:
         f"训练 {len(parts.train):,} 段、验证 {len(parts.validation):,} 段（{parts.duplicates_moved} 段因与训练部分重复移回训练）；"
         f"问答 训练 {len(sets['train']):,} 条、验证 {len(sets['validation']):,} 条、没教过的 {len(sets['unseen']):,} 条"
     )
+
+
+def open_offline(path: Path, recipe: Recipe) -> Run:
+    """A run on the question sets that rules find in its own books, in RUN/offline; a rerun takes those that are there.
+
+    The sets are found before anything is written, so that a book without any leaves nothing behind.
+
+    Raises:
+        MiniGLMError: the books cannot be read or the rules find too little in them; and as `Run`.
+    """
+    folder = path / "offline"
+    files = {name: folder / f"{name}.jsonl" for name in ("train", "validation", "unseen")}
+    sets = None
+    if not all(file.exists() for file in files.values()):
+        given = recipe.corpus
+        with download_bar("取书") as progress:
+            books = load_books(given.books, encoding=given.encoding, simplify=given.simplify, progress=progress)
+        sets = offline_sets(books)
+    qa = recipe.qa.model_copy(update={name: [str(file.resolve())] for name, file in files.items()})
+    run = Run(path, recipe.model_copy(update={"qa": qa}))
+    if sets is not None:
+        write_offline_sets(sets, folder)
+        counts = "、".join(
+            f"{title} {len(sets[name]):,} 条"
+            for name, title in (("train", "训练"), ("validation", "验证"), ("unseen", "没教过的"))
+        )
+        say(f"用规则从书里出了题：{counts}（{folder}）。只问谁说的、下一句、缺的名字和第几回，远不如人写的或大模型出的")
+    return run
 
 
 def examples(run: Run, name: str) -> list[Example]:

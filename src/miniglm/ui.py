@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from miniglm.training import Progress as TrainingProgress
+if TYPE_CHECKING:  # the verbs about question sets print too, and need no torch
+    from miniglm.training import Progress as TrainingProgress
 
 console = Console(stderr=True, highlight=False)
 """Everything that is not a result goes to stderr, so that results can be piped."""
@@ -55,6 +56,27 @@ def count_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     ) as bar:
         task = bar.add_task(name, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def described_bar(total: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar for `total` things with a text that changes; gives the callback (done, text). Where there is no terminal,
+    a line at every tenth instead."""
+    if not console.is_terminal:
+        said = 0
+
+        def line(done: int, text: str) -> None:
+            nonlocal said
+            if done * 10 // max(1, total) > said or done == total:
+                said = done * 10 // max(1, total)
+                say(f"{done}/{total} · {text}")
+
+        yield line
+        return
+    columns = (BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total} · {task.description}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, text: bar.update(task, completed=done, description=text)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from miniglm import __version__
 from miniglm.chat import encode_reference, prompt_of
@@ -32,9 +32,9 @@ from miniglm.files import keep_dated, write_whole
 from miniglm.generation import Engine, SamplingSettings
 from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
+from miniglm.qa.spread import spread
 from miniglm.tokenizer import Tokenizer
 
-T = TypeVar("T")
 FORMAT = 1
 """Number of report.json's layout."""
 JOURNAL, REQUEST, REPORT = "progress.jsonl", "request.json", "report.json"
@@ -101,13 +101,6 @@ class Settings:
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """A progress bar: name and total in, a context manager that gives the callback (done) out."""
-
-
-def spread(examples: Sequence[T], count: int | None) -> list[T]:
-    """`count` of the examples from the whole set, not from its first chapters; all for None or where there are fewer."""
-    if count is None or count >= len(examples):
-        return list(examples)
-    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def evaluate(

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from miniglm.evaluation import scores
 from miniglm.evaluation.baseline import NearestQuestion
-from miniglm.evaluation.keys import holds_keys, key_hits
 from miniglm.evaluation.scores import CopyIndex, Interval, bootstrap_interval, ratio_interval
 from miniglm.qa.formats import Example
+from miniglm.qa.keys import holds_keys, key_hits
 from miniglm.qa.leaks import find_leaks
 
 Of = Literal["answers", "tokens", "characters", "windows"]

@@ -106,6 +106,12 @@ class _NearQuestions:
         return {other: value for other, value in near if value >= self._similarity}
 
 
+def near_texts(texts: Sequence[str], similarity: float) -> dict[str, dict[str, float]]:
+    """For each of some comparable texts (see `qa.text.bare`) the others that are nearly the same, with how much."""
+    index = _NearQuestions(texts, similarity)
+    return {text: {other: value for other, value in index.of(text).items() if other != text} for text in texts}
+
+
 class _Containers:
     """Which of many texts hold a given one."""
 

@@ -14,6 +14,11 @@ def _converter() -> Any:
     return opencc.OpenCC("t2s")
 
 
+def simplified(text: str) -> str:
+    """Traditional to simplified characters, by words (opencc's t2s); for texts to be kept, not compared."""
+    return str(_converter().convert(text))
+
+
 class _Simplified(dict[int, str]):
     """Traditional to simplified for `str.translate`, one character at a time: a piece of a text must become the same
     wherever it stands (given words, opencc keeps 乾 in 乾坤 and makes it 干 elsewhere)."""

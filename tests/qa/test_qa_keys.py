@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from miniglm.evaluation.keys import holds_keys, key_hits
 from miniglm.evaluation.summary import Said, split_report
 from miniglm.qa.formats import Example, Turn
+from miniglm.qa.keys import holds_keys, key_hits
 
 DATA = Path(__file__).parents[2] / "data" / "sanguo"
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miniglm.evaluation.keys import holds_keys, key_hits, normalize
+from miniglm.qa.keys import holds_keys, key_hits, normalize
 
 DATA = Path(__file__).parents[2] / "data" / "sanguo"
 
