@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from miniglm.training import Progress as TrainingProgress
+if TYPE_CHECKING:  # a line on the screen needs no torch
+    from miniglm.training import Progress as TrainingProgress
 
 console = Console(stderr=True, highlight=False)
 """Everything that is not a result goes to stderr, so that results can be piped."""
