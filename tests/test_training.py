@@ -156,3 +156,13 @@ def test_the_schedule() -> None:
     assert factor[5] == pytest.approx(0.5) and factor[10] == factor[50] == 1.0
     assert factor[75] == pytest.approx(0.55) and factor[100] == pytest.approx(0.1)
     assert factor[50:] == sorted(factor[50:], reverse=True)
+
+
+def test_bfloat16_learns_as_float32_does(tmp_path: Path) -> None:
+    one, other = model(), model()
+    run(tmp_path / "float32", one, stage(steps=40))
+    run(tmp_path / "bfloat16", other, stage(steps=40, precision="bfloat16"))
+    assert all(p.dtype == torch.float32 for p in other.parameters())
+    assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")
+    assert losses(tmp_path / "bfloat16")[-1] == pytest.approx(losses(tmp_path / "float32")[-1], abs=0.2)
+    assert losses(tmp_path / "bfloat16")[-1] < 2.0

@@ -171,7 +171,7 @@ def _settings(
 
 def _load(run: Path, device: str | None, *, pretrained: bool = False) -> Any:
     from miniglm.checkpoint import load_model
-    from miniglm.pipeline import find_model, pick_device
+    from miniglm.locate import find_model, pick_device
 
     return load_model(find_model(run, pretrained=pretrained), device=str(pick_device(device or "auto")))
 
@@ -228,7 +228,7 @@ def _sample_eval(run: Path, start: str, temperature: float, top_k: int, seed: in
     if not start.startswith("FILE:") or not path.is_file():
         raise MiniGLMError("--eval 要 --start FILE:文件，文件里一行一个问题", path=path)
     from miniglm.evaluation.evaluate import Settings, Subject, sample_and_score
-    from miniglm.pipeline import find_model
+    from miniglm.locate import find_model
 
     model, tokenizer = _load(run, device)
     subject = Subject(run.name, find_model(run), model, tokenizer)

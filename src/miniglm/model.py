@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miniglm import kernels
+from miniglm.kernels import LinearCrossEntropy, RotaryAttention, fits_rotary_attention
+
 IGNORE = -100
 """Label of a position that is no target, as in torch's own cross-entropy."""
 
@@ -176,6 +179,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         batch, seq, _ = x.shape
+        if fits_rotary_attention(x):
+            projections = (self.q_proj, self.k_proj, self.v_proj)
+            bias = torch.cat([p.bias for p in projections]) if self.q_proj.bias is not None else None
+            projected = F.linear(x, torch.cat([p.weight for p in projections]), bias)  # one product in place of three
+            groups = self.k_proj.out_features // self.head_dim
+            seen: Tensor = RotaryAttention.apply(projected, table, mask, groups, self.head_dim)  # type: ignore[no-untyped-call]
+            return self.o_proj(seen)  # type: ignore[no-any-return]
         q = rotate(self.q_proj(x).view(batch, seq, -1, self.head_dim), table)
         k = rotate(self.k_proj(x).view(batch, seq, -1, self.head_dim), table)
         v = self.v_proj(x).view(batch, seq, -1, self.head_dim)
@@ -214,7 +224,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.device.type != "cpu" or not torch.is_grad_enabled():  # one operation there already
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        out: Tensor = kernels.RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -299,12 +312,16 @@ class GLM(nn.Module):
         Args:
             ids: token ids, (batch, seq).
             positions: (batch, seq), counted from 0 in each sequence; default 0 … seq.
-            mask: who sees whom, boolean, (batch or 1, 1, seq, seq); default causal.
+            mask: who sees whom, boolean, (batch or 1, 1, seq, seq); nobody sees later positions. Default: all earlier.
         """
         length = ids.shape[1] if positions is None else int(positions.max()) + 1
         table = self._rotary(positions, length)
         dropout = self.dropout if self.training else 0.0
         x = self.model.embed_tokens(ids)
+        if mask is not None:  # as what is added to the scores, once and not in each layer
+            mask = torch.zeros(mask.shape, device=x.device, dtype=kernels.active_dtype(x)).masked_fill_(
+                ~mask, -math.inf
+            )
         for layer in self.model.layers:
             x = layer(x, table, mask, dropout)
         out: Tensor = self.model.norm(x)
@@ -331,54 +348,3 @@ class GLM(nn.Module):
             hidden, flat = hidden[targets], flat[targets]
         loss: Tensor = LinearCrossEntropy.apply(hidden, self.lm_head.weight, flat)  # type: ignore[no-untyped-call]
         return loss, len(targets)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Output layer and cross-entropy in one, in blocks of rows that stay in the cache.
-
-    The logits of a small vocabulary are by far the largest array of a step (4,096 tokens × 4,096 entries are
-    64 MiB), and the plain form writes, reads and allocates them six times. Here a block is made, turned into its
-    own gradient in place (softmax minus one-hot) and used up before the next: three matrix products and no more.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """hidden: (n, D); weight: (V, D); labels: (n,). Returns the sum of the losses in float32."""
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        # 2 MiB of logits fit a core's L2 cache; a GPU wants few launches instead.
-        rows = max(32, 2**19 // weight.shape[0]) if hidden.device.type == "cpu" else 4096
-        compute = (
-            weight.dtype
-            if not torch.is_autocast_enabled(hidden.device.type)
-            else torch.get_autocast_dtype(hidden.device.type)
-        )
-        matrix = weight.to(compute)
-        total = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if needs_grad else None
-        for start in range(0, len(hidden), rows):
-            h = hidden[start : start + rows].to(compute)
-            y = labels[start : start + rows, None]
-            logits = (h @ matrix.T).float()
-            peak = logits.amax(dim=1, keepdim=True)
-            total -= (logits.gather(1, y) - peak).sum()
-            logits.sub_(peak).exp_()
-            norm = logits.sum(dim=1, keepdim=True)
-            total += norm.log().sum()
-            if grad_hidden is not None and grad_weight is not None:
-                logits.div_(norm)
-                logits.scatter_add_(1, y, torch.full_like(y, -1.0, dtype=logits.dtype))
-                p = logits.to(compute)
-                grad_hidden[start : start + rows] = p @ matrix
-                if compute == torch.float32:
-                    grad_weight.addmm_(p.T, h)
-                else:
-                    grad_weight += p.T @ h
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from miniglm.checkpoint import RunFolder, load_model, save_model
 from miniglm.corpus import Paragraph, load_books, read_paragraphs, split, write_corpus
@@ -37,8 +36,10 @@ from miniglm.evaluation.evaluate import evaluate as write_report
 from miniglm.evaluation.measure import bits_per_character
 from miniglm.evaluation.pictures import draw_losses
 from miniglm.files import write_whole
+from miniglm.locate import find_model as find_model
+from miniglm.locate import pick_device as pick_device
 from miniglm.model import GLM
-from miniglm.planning import LENGTHS, Plan, lengths, measure_gigaflops, plan
+from miniglm.planning import LENGTHS, Plan, choose_precision, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
 from miniglm.qa.leaks import split_every_tenth
 from miniglm.qa.offline import offline_sets, write_offline_sets
@@ -59,24 +60,6 @@ MAY_CHANGE = ("qa.allow_bad_lines", *LENGTHS)
 """Ends of the keys among them that it changes all the same."""
 TITLES = {"prepare": "语料和问答", "tokenize": "分词", "pretrain": "预训练", "finetune": "微调", "evaluate": "评测"}
 EVALUATION_ROWS = 32
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        MiniGLMError: a device that this machine or this build of torch does not have.
-    """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kind = name.split(":")[0]
-    if not available.get(kind, False):
-        have = "、".join(n for n, yes in available.items() if yes)
-        raise MiniGLMError(f"设备 {name!r} 在这台机器上不可用，可用的有 {have}", fix="改用 --device auto")
-    return torch.device(name)
 
 
 class Run:
@@ -294,12 +277,16 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     known = Plan.from_json(json.loads(path.read_text("utf-8"))) if path.exists() else None
     if known is not None and known.recipe_lengths == lengths(run.recipe):
         return known
+    precision = known.pretrain.precision if known is not None else choose_precision(run.device)
+    # The rule's constants were settled with float32's speed on CPUs, whatever these train in.
+    counted = "float32" if run.device.type == "cpu" else precision
     made = plan(
         run.recipe,
         vocab_size=meta["vocab_size"],
         characters=meta["train_characters"] + meta["train_answer_characters"],
         tokens=meta["train_tokens"],
-        gigaflops=known.gigaflops if known is not None else measure_gigaflops(run.device),
+        gigaflops=known.gigaflops if known is not None else measure_gigaflops(run.device, counted),
+        precision=precision,
         seconds=seconds,
         has_pairs=meta["train_pairs"] > 0,
     )
@@ -550,28 +537,6 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def find_model(path: Path, *, pretrained: bool = False) -> Path:
-    """The model folder that a user means by a run folder or by a model folder.
-
-    Args:
-        pretrained: prefer the model as it was before finetuning (to continue text).
-
-    Raises:
-        MiniGLMError: neither.
-    """
-    if (path / "config.json").exists():
-        return path
-    order = ("pretrain/model", "model") if pretrained else ("model", "finetune/model", "pretrain/model")
-    for name in order:
-        if (path / name / "config.json").exists():
-            return path / name
-    if not path.exists():
-        raise MiniGLMError("没有这个目录", path=path, fix="先运行 miniglm demo，或给出一个运行目录或模型目录")
-    raise MiniGLMError(
-        "这里没有训练好的模型", path=path, fix="给出运行目录（里面有 model/）或模型目录（里面有 config.json）"
-    )
 
 
 SCORE_SHARE = 0.08

@@ -29,6 +29,9 @@ PRETRAIN_SHARE = 0.45
 """Share of the training time that the novel's text gets before the questions come."""
 TEXT_SHARE = 0.125
 """Share of the rows of a finetuning batch that go on being text of the book."""
+BFLOAT16_PAYS = 2.0
+"""How many times float32's speed bfloat16's products must have for a CPU to train in it: with six times (AMX) a
+training step takes 0.7 of the time, since everything that is no product stays as it is."""
 LADDER = ((64, 2), (96, 2), (128, 3), (192, 4), (256, 4), (320, 5), (384, 6), (512, 6), (640, 8), (768, 10), (1024, 12))
 """Hidden size and layers to choose from."""
 
@@ -66,10 +69,10 @@ def lengths(recipe: Recipe) -> dict[str, Any]:
     return {"minutes": recipe.run.minutes} | {n: {k: getattr(s, k) for k in LENGTHS} for n, s in stages.items()}
 
 
-def measure_gigaflops(device: torch.device, seconds: float = 1.0) -> float:
+def measure_gigaflops(device: torch.device, precision: str, seconds: float = 1.0) -> float:
     """Best speed of a matrix product of 1,024 rows and columns on `device`, in 10^9 operations a second. The best, not
     the median: another program that happens to run just now must not decide how large the model is."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
     times: list[float] = []
     begun = time.perf_counter()
@@ -78,6 +81,17 @@ def measure_gigaflops(device: torch.device, seconds: float = 1.0) -> float:
         (a @ b).sum().item()
         times.append(time.perf_counter() - started)
     return 2 * 1024**3 / min(times) / 1e9
+
+
+def choose_precision(device: torch.device) -> str:
+    """ "bfloat16" where the device has units for it, "float32" elsewhere: processors without them emulate it at a
+    tenth of the speed, and which have them is measured, since their names say it differently everywhere."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device.type != "cpu":
+        return "float32"
+    plain, half = (measure_gigaflops(device, precision, 0.2) for precision in ("float32", "bfloat16"))
+    return "bfloat16" if half >= BFLOAT16_PAYS * plain else "float32"
 
 
 def choose_size(budget: float, characters: int, vocab_size: int) -> tuple[int, int]:
@@ -113,6 +127,7 @@ def plan(
     characters: int,
     tokens: int,
     gigaflops: float,
+    precision: str,
     seconds: float | None,
     has_pairs: bool,
 ) -> Plan:
@@ -120,6 +135,8 @@ def plan(
 
     Args:
         characters: of the corpus's training part; `tokens`: the same in tokens.
+        gigaflops: of float32 products on a CPU, of those in `precision` on a GPU.
+        precision: see training.Stage.
         seconds: for both stages together; None where the recipe gives every length itself.
 
     Raises:
@@ -147,21 +164,23 @@ def plan(
         raise MiniGLMError(f"配方 [model] 的尺寸不相容：{error}") from None
     share = PRETRAIN_SHARE if has_pairs else 1.0
     dropout = given.dropout if given.dropout is not None else 0.0
+    pretrain, finetune = (
+        _stage(name, given, recipe, None if seconds is None else seconds * part, context, precision)
+        for name, given, part in (("pretrain", recipe.pretrain, share), ("finetune", recipe.finetune, 1 - share))
+    )
     return Plan(
         model=config,
         context=context,
         dropout=dropout,
-        pretrain=_stage("pretrain", recipe.pretrain, recipe, None if seconds is None else seconds * share, context),
-        finetune=_stage(
-            "finetune", recipe.finetune, recipe, None if seconds is None else seconds * (1 - share), context
-        ),
+        pretrain=pretrain,
+        finetune=finetune,
         text_share=recipe.finetune.text_share if recipe.finetune.text_share is not None else TEXT_SHARE,
         gigaflops=round(gigaflops, 1),
         recipe_lengths=lengths(recipe),
     )
 
 
-def _stage(name: str, given: StageRecipe, recipe: Recipe, seconds: float | None, context: int) -> Stage:
+def _stage(name: str, given: StageRecipe, recipe: Recipe, seconds: float | None, context: int, precision: str) -> Stage:
     minutes = None if given.steps is not None else given.minutes if given.minutes is not None else (seconds or 0) / 60
     if given.steps is None and not minutes:
         raise MiniGLMError(f"配方里 {name} 既没有 steps 也没有 minutes，run.minutes 也是空的", fix="给出其中一个")
@@ -189,6 +208,7 @@ def _stage(name: str, given: StageRecipe, recipe: Recipe, seconds: float | None,
         steps=given.steps,
         minutes=minutes,
         seed=recipe.run.seed,
+        precision=precision,
         betas=betas,
         **{key: value for key, value in chosen.items() if value is not None},
     )

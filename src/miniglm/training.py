@@ -48,7 +48,8 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """How long and how a model is trained. Either `steps` or `minutes` ends it; rates are explained in optimizer.py."""
+    """How long and how a model is trained. Either `steps` or `minutes` ends it; rates are explained in optimizer.py.
+    `precision` is the matrix products': "float32", or "bfloat16" with the weights and all sums still in float32."""
 
     name: str
     rows: int
@@ -64,6 +65,7 @@ class Stage:
     decay: float = 0.7
     final_lr: float = 0.05
     clip: float = 1.0
+    precision: str = "float32"
     evaluate_every: int | None = None
     patience: int | None = None
     seed: int = 1337
@@ -131,11 +133,9 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
             signal.signal(number, old)
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 arithmetic on a GPU that has it, float32 everywhere else."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in `precision`, "float32" or "bfloat16"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
 def _drop_later_metrics(path: Path, step: int) -> None:
@@ -185,6 +185,7 @@ def train(
         adam_lr=stage.adam_lr,
         weight_decay=stage.weight_decay,
         betas=stage.betas,
+        matrix_dtype=torch.bfloat16 if stage.precision == "bfloat16" else torch.float32,
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(stage.seed)
@@ -254,7 +255,7 @@ def train(
             targets = sum(part.targets for part in parts)
             total = 0.0
             for part in parts:
-                with autocast(device):
+                with autocast(device, stage.precision):
                     loss, _ = model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)
                 (loss / targets).backward()  # type: ignore[no-untyped-call]
                 total += loss.item() / targets
@@ -297,7 +298,7 @@ def train(
                 begun = time.monotonic()
                 evaluations = max(evaluations + 1, int(fraction() * EVALUATIONS + 1e-9))
                 model.eval()
-                with torch.inference_mode(), autocast(device):
+                with torch.inference_mode(), autocast(device, stage.precision):
                     scores = evaluate()
                 since_best += 1
                 if not best or scores["score"] < best["score"]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-if TYPE_CHECKING:  # the verbs about question sets print too, and need no torch
+if TYPE_CHECKING:  # a line on the screen needs no torch
     from miniglm.training import Progress as TrainingProgress
 
 console = Console(stderr=True, highlight=False)
