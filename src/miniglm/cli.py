@@ -420,6 +420,30 @@ def compare(
     say(f"图 {out / 'compare.png'}，数字 {out / 'compare.json'}")
 
 
+@app.command()
+def export(
+    run: RunArgument,
+    format: Annotated[str, typer.Option("--format", help="gguf（llama.cpp、Ollama）或 onnx（手机、浏览器）")],
+    type: Annotated[str, typer.Option("--type", help="gguf：f32、f16、q8_0、q4_0；onnx：f32、int8")] = "f32",
+    out: Annotated[Path | None, typer.Option("--out", help="写到这个文件；不给就写在运行目录的 export/ 里")] = None,
+) -> None:
+    """导出成别的程序的格式。"""
+    from miniglm.interop.export import export_model
+    from miniglm.ui import say
+
+    for path in export_model(run, format, type, out):
+        say(f"写好 {path}（{path.stat().st_size / 1e6:.1f} MB）")
+
+
+@app.command()
+def card(run: RunArgument) -> None:
+    """写模型卡：README.md（Hub 的元数据、配方、数据、成绩、局限）和 ModelScope 的 configuration.json。"""
+    from miniglm.interop.card import write_card
+    from miniglm.ui import say
+
+    say(f"写好 {write_card(run)}；怎样上传见 docs/interop.md")
+
+
 @qa_app.command("check")
 def qa_check(
     files: Annotated[

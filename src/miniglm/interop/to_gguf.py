@@ -22,7 +22,6 @@ from miniglm.tokenizer import CHAT_TEMPLATE, PATTERN, Tokenizer
 if TYPE_CHECKING:
     import gguf
 
-TYPES = ("f32", "f16", "q8_0", "q4_0")
 PRE_TOKENIZER = "chatglm-bpe"
 BLOCK = 32
 """Weights that one scale of q8_0 or q4_0 serves; a row must be a whole number of blocks."""
@@ -35,14 +34,12 @@ def export_gguf(model: GLM, tokenizer: Tokenizer, out: Path, *, type: str, name:
     where they are tied, is q8_0: at four bits it costs more than all layers together (docs/interop.md).
 
     Args:
-        type: one of `TYPES`.
+        type: of the matrices; one of f32, f16, q8_0, q4_0.
         name: what the file says the model is called.
 
     Raises:
         MiniGLMError: the `gguf` library is missing, or llama.cpp has no form for this model or this tokenizer.
     """
-    if type not in TYPES:
-        raise MiniGLMError(f"--type 是 {type!r}，GGUF 应为 {'、'.join(TYPES)} 之一")
     try:
         import gguf
     except ImportError:
@@ -59,7 +56,7 @@ def export_gguf(model: GLM, tokenizer: Tokenizer, out: Path, *, type: str, name:
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    write_whole(out.with_name("Modelfile"), modelfile(tokenizer, model.config, out.name))
+    write_whole(modelfile_of(out), modelfile(tokenizer, model.config, out.name))
 
 
 def _check(config: ModelConfig, tokenizer: Tokenizer) -> None:
@@ -167,6 +164,11 @@ def _kind(tensor: str, array: NDArray[np.float32], type: str) -> gguf.GGMLQuanti
     if type == "q4_0" and tensor in ("token_embd.weight", "output.weight"):
         return gguf.GGMLQuantizationType.Q8_0
     return gguf.GGMLQuantizationType[type.upper()]
+
+
+def modelfile_of(out: Path) -> Path:
+    """Where the Modelfile of a GGUF file lies."""
+    return out.with_name(f"{out.stem}.Modelfile")
 
 
 def modelfile(tokenizer: Tokenizer, config: ModelConfig, gguf_name: str) -> str:
