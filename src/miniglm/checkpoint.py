@@ -37,17 +37,28 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def save_model(folder: Path, model: GLM, tokenizer: Tokenizer, *, max_shard: int = MAX_SHARD) -> None:
-    """Writes a folder that transformers, vLLM and ours open as it is, in the model's own precision. The weights come
-    last: a folder that has them is whole."""
+def save_model(
+    folder: Path,
+    model: GLM,
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard: int = MAX_SHARD,
+) -> None:
+    """Writes a folder that transformers, vLLM and ours open as it is. The weights come last: a folder that has them is
+    whole.
+
+    Args:
+        dtype: of the weights in the files.
+        max_shard: bytes that one of them may have.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MiniGLMError(f"建不了这个目录（{error.strerror}）", path=folder) from None
     stops = sorted(tokenizer.stop_ids)
-    dtype = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
     config = model.config.to_hf() | {
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "eos_token_id": stops,
         "pad_token_id": tokenizer.end_of_text,
         "bos_token_id": None,
@@ -61,24 +72,25 @@ def save_model(folder: Path, model: GLM, tokenizer: Tokenizer, *, max_shard: int
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
-    _save_weights(folder, tensors, max_shard)
+    _save_weights(folder, tensors, dtype, max_shard)
 
 
-def _save_weights(folder: Path, tensors: Mapping[str, Tensor], max_shard: int) -> None:
+def _save_weights(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, max_shard: int) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
     for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_shard:
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + size > max_shard:
             shards.append({})
             filled = 0
         shards[-1][name] = tensor
-        filled += tensor.nbytes
-        total += tensor.nbytes
+        filled += size
+        total += size
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         names = [WEIGHTS]
     for name, shard in zip(names, shards, strict=True):
-        on_cpu = {key: tensor.to("cpu").contiguous() for key, tensor in shard.items()}
+        on_cpu = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
         write_whole(folder / name, safetensors.torch.save(on_cpu, metadata={"format": "pt"}))
     if len(shards) > 1:
         owners = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -234,6 +246,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
                 )
             if name in found:
                 parameters[name].copy_(tensor)
+    tokenizer.allow_unused(config.vocab_size)
     return model.eval(), tokenizer
 
 

@@ -64,6 +64,7 @@ def _open(
     encoding: str | None = None,
     simplify: bool | None = None,
     allow_bad: bool = False,
+    tokenizer: str | None = None,
 ) -> Run:
     from miniglm.pipeline import Run
     from miniglm.recipe import load_recipe
@@ -76,6 +77,7 @@ def _open(
         "corpus.encoding": encoding,
         "corpus.simplify": simplify,
         "qa.allow_bad_lines": allow_bad or None,
+        "tokenizer.kind": tokenizer,
         "corpus.books": book or None,
         "qa.train": qa or None,
     }
@@ -138,11 +140,34 @@ def finetune(
     book: BookOption = None,
     qa: QAOption = None,
     device: Device = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", help="从这个 GLM 开始，而不是自己预训练的：目录、Hub 上的名字或 modelscope:名字"),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="只训练低秩的附加权重（LoRA），最后合并")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="--init 的模型用 float32 还是 bfloat16")] = "float32",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="反向时重算每一层，省内存，慢三分之一")
+    ] = False,
 ) -> None:
     """微调：让模型学会回答问题。没做的前几步会先做。"""
+    from miniglm.interop.adapt import Start, finetune_from, read_start
+
+    if init is None:
+        if lora or checkpointing or dtype != "float32":
+            raise MiniGLMError("--lora、--dtype、--checkpointing 只和 --init 一起用")
+        start = read_start(out)  # a run that began so goes on so
+    else:
+        from miniglm.interop.hub import find_model_to_start_from
+
+        start = Start(str(find_model_to_start_from(init)), lora, dtype, checkpointing)
+    run = _open(out, recipe, minutes, book, qa, device, tokenizer=None if start is None else start.folder)
+    if start is not None:
+        finetune_from(run, start)
+        return
     from miniglm import pipeline
 
-    pipeline.finetune(_open(out, recipe, minutes, book, qa, device))
+    pipeline.finetune(run)
 
 
 def _settings(

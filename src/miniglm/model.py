@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100
 """Label of a position that is no target, as in torch's own cross-entropy."""
@@ -80,7 +81,9 @@ class ModelConfig:
             raise ValueError(f"model_type = {config.get('model_type')!r}，应为 'glm'")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act = {config['hidden_act']!r}，应为 'silu'")
-        rope = config.get("rope_parameters") or {}
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if (scaled := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise ValueError(f"rope_type = {scaled!r}，应为 'default'")
         heads = config.get("num_attention_heads")
         try:
             return cls(
@@ -307,6 +310,8 @@ class GLM(nn.Module):
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config, self.dropout = config, dropout
+        self.checkpointing = False
+        """Whether training keeps only each layer's input and computes its inside again for the gradient."""
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -379,7 +384,10 @@ class GLM(nn.Module):
         dropout = self.dropout if self.training else 0.0
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
-            x = layer(x, table, mask, cache, at, dropout)
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, table, mask, cache, at, dropout, use_reentrant=False)
+            else:
+                x = layer(x, table, mask, cache, at, dropout)
         out: Tensor = self.model.norm(x)
         return out
 
@@ -417,7 +425,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """hidden: (n, D); weight: (V, D); labels: (n,). Returns the sum of the losses in float32."""
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_grad, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]  # a frozen output layer needs none
         # 2 MiB of logits fit a core's L2 cache; a GPU wants few launches instead.
         rows = max(32, 2**19 // weight.shape[0]) if hidden.device.type == "cpu" else 4096
         compute = (
@@ -428,7 +436,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         matrix = weight.to(compute)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if needs_grad else None
+        grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(hidden), rows):
             h = hidden[start : start + rows].to(compute)
             y = labels[start : start + rows, None]
@@ -438,20 +446,24 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits.sub_(peak).exp_()
             norm = logits.sum(dim=1, keepdim=True)
             total += norm.log().sum()
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None or grad_weight is not None:
                 logits.div_(norm)
                 logits.scatter_add_(1, y, torch.full_like(y, -1.0, dtype=logits.dtype))
                 p = logits.to(compute)
-                grad_hidden[start : start + rows] = p @ matrix
-                if compute == torch.float32:
+                if grad_hidden is not None:
+                    grad_hidden[start : start + rows] = p @ matrix
+                if grad_weight is not None and compute == torch.float32:
                     grad_weight.addmm_(p.T, h)
-                else:
+                elif grad_weight is not None:
                     grad_weight += p.T @ h
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None
+        return (
+            None if grad_hidden is None else grad_hidden * grad,
+            None if grad_weight is None else grad_weight * grad,
+            None,
+        )

@@ -404,13 +404,18 @@ class Tokenizer:
         flush()
         return results
 
+    def allow_unused(self, rows: int) -> None:
+        """Takes ids from the vocabulary's end to `rows`, which a model's embedding may have but no token uses, for
+        ids of no text."""
+        self._bytes += [b""] * (rows - len(self._bytes))
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for; none for a control token.
 
         Raises:
             ValueError: there is no such token.
         """
-        found = self._bytes[id] if 0 <= id < self.vocab_size else None
+        found = self._bytes[id] if 0 <= id < len(self._bytes) else None
         if found is None:
             raise ValueError(f"no token has the id {id}; the vocabulary has {self.vocab_size}")
         return found
