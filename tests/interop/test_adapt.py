@@ -83,12 +83,12 @@ def public(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(material: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Few questions, a rate that a random model needs."""
     path = tmp_path_factory.mktemp("recipe") / "init.toml"
-    rows = (material / "qa.jsonl").read_text("utf-8").splitlines(keepends=True)[:6]
+    rows = (material / "qa.jsonl").read_text("utf-8").splitlines(keepends=True)[:3]
     (path.parent / "few.jsonl").write_text("".join(rows), "utf-8")
     path.write_text(
         f'[run]\nminutes = 5.0\ndevice = "cpu"\n[corpus]\nbooks = ["{material / "书.txt"}"]\n'
         '[qa]\ntrain = ["few.jsonl"]\nvalidation = ["few.jsonl"]\n[model]\ncontext = 128\n'
-        "[finetune]\nsteps = 40\nrows = 4\nmicro_rows = 4\nevaluate_every = 20\nadam_lr = 0.005\n",
+        "[finetune]\nsteps = 60\nrows = 1\nmicro_rows = 1\nevaluate_every = 30\nadam_lr = 0.01\n",
         "utf-8",
     )
     return path
