@@ -72,10 +72,13 @@ def save_model(
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
-    _save_weights(folder, tensors, dtype, max_shard)
+    save_weights(folder, tensors, dtype, max_shard)
 
 
-def _save_weights(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, max_shard: int) -> None:
+def save_weights(
+    folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, max_shard: int = MAX_SHARD
+) -> None:
+    """Writes the weights of a model folder, in one file or in several with an index."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
     for name, tensor in tensors.items():
@@ -201,6 +204,10 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     Raises:
         MiniGLMError: a missing, cut or contradictory file; the text names it.
     """
+    if folder.is_dir() and _read_json(folder / "config.json").get("model_type") == "gpt2":  # converted, see there
+        from miniglm.interop.gpt2 import load_gpt2
+
+        return load_gpt2(folder, device, dtype)
     config = read_config(folder)
     files = weight_files(folder)
     mismatch = "权重与 config.json 不符"

@@ -461,6 +461,21 @@ def export(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="参考作业的 ckpt.pt", metavar="CKPT")],
+    out: Annotated[Path, typer.Option("--out", help="模型写到这个目录")],
+) -> None:
+    """把参考作业的 ckpt.pt 转成模型目录，之后 sample、ask、evaluate 都能用。"""
+    from miniglm.interop.gpt2 import convert_checkpoint
+    from miniglm.ui import say
+
+    config = convert_checkpoint(checkpoint, out)
+    say(
+        f"写好 {out}：{config.num_hidden_layers} 层，宽 {config.hidden_size}，{config.num_parameters / 1e6:.1f} 百万参数"
+    )
+
+
+@app.command()
 def card(run: RunArgument) -> None:
     """写模型卡：README.md（Hub 的元数据、配方、数据、成绩、局限）和 ModelScope 的 configuration.json。"""
     from miniglm.interop.card import write_card

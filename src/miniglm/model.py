@@ -382,13 +382,18 @@ class GLM(nn.Module):
             length = int(positions.max()) + 1
         table = self._rotary(positions, length)
         dropout = self.dropout if self.training else 0.0
-        x = self.model.embed_tokens(ids)
+        x = self.embed(ids, positions)
         for layer in self.model.layers:
             if self.checkpointing and self.training:
                 x = checkpoint(layer, x, table, mask, cache, at, dropout, use_reentrant=False)
             else:
                 x = layer(x, table, mask, cache, at, dropout)
         out: Tensor = self.model.norm(x)
+        return out
+
+    def embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """What the first layer reads, (batch, seq, D). Positions are for models that add them here."""
+        out: Tensor = self.model.embed_tokens(ids)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -332,6 +332,8 @@ class Tokenizer:
             names = {}
         control = {text: id for id, text in self._control_text.items()}
         self.template = ChatTemplate(source, control, names, folder)
+        if not any(text in source for text in control):
+            self.prefix = self.encode("\n")  # a model that knows no control token: what paragraphs begin after
         ends: Any = None
         for name in ("generation_config.json", "config.json"):
             if ends is None and (folder / name).exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from miniglm.checkpoint import load_model
+from miniglm.checkpoint import load_model, read_config
 from miniglm.errors import MiniGLMError
 from miniglm.pipeline import find_model
 
@@ -29,14 +29,15 @@ def export_model(path: Path, format: str, type: str, out: Path | None) -> list[P
     out = out or path / "export" / f"{name}-{type}.{format}"
     if out.is_dir():
         raise MiniGLMError("--out 是一个目录，应为文件", path=out, fix=f"例如 --out {out / f'{name}-{type}.{format}'}")
+    folder = find_model(path)
+    read_config(folder)  # a converted GPT-2 opens too, but is no GLM
+    model, tokenizer = load_model(folder)
     if format == "gguf":
         from miniglm.interop.to_gguf import export_gguf, modelfile_of
 
-        model, tokenizer = load_model(find_model(path))
         export_gguf(model, tokenizer, out, type=type, name=name)
         return [out, modelfile_of(out)]
     from miniglm.interop.to_onnx import export_onnx
 
-    model, _ = load_model(find_model(path))
     export_onnx(model, out, type=type)
     return [out]
