@@ -80,8 +80,8 @@ def by_the_formulas(w: Weights, ids: Tensor) -> Tensor:
     for n in range(LAYERS):
         at = f"transformer.h.{n}"
         q, k, v = (
-            t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for t in linear(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").split(SIZE, dim=-1)
+            t.reshape(*ids.shape, HEADS, -1).transpose(1, 2)
+            for t in linear(norm(x, f"{at}.ln_1"), f"{at}.attn.c_attn").chunk(3, dim=-1)
         )
         scores = (q @ k.mT / (SIZE // HEADS) ** 0.5).masked_fill(causal, -torch.inf).softmax(-1)
         x = x + linear((scores @ v).transpose(1, 2).flatten(2), f"{at}.attn.c_proj")

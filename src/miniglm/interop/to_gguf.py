@@ -132,7 +132,8 @@ def _tensors(model: GLM) -> list[tuple[str, NDArray[np.float32]]]:
     weights = model.state_dict()
 
     def get(name: str) -> NDArray[np.float32]:
-        return weights[name].detach().to("cpu", torch.float32).contiguous().numpy()
+        found: NDArray[np.float32] = weights[name].detach().to("cpu", torch.float32).contiguous().numpy()
+        return found
 
     found = [("token_embd.weight", get("model.embed_tokens.weight")), ("output_norm.weight", get("model.norm.weight"))]
     if not model.config.tie_word_embeddings:

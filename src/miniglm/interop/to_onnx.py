@@ -137,7 +137,7 @@ def build_graph(model: GLM, *, share_embedding: bool) -> onnx.ModelProto:
 
     # Who sees whom, (batch, 1, seq, past + seq): what came before and is no padding, and everyone itself, so that no
     # row of the softmax is empty.
-    zero, one = g.constant("zero", np.int64(0)), g.constant("one", np.int64(1))
+    zero, one = g.constant("zero", np.array(0, np.int64)), g.constant("one", np.array(1, np.int64))
     total = g.op("Gather", g.op("Shape", "attention_mask"), one)
     now = g.op("Gather", g.op("Shape", "input_ids"), one)
     keys = g.op("Range", zero, total, one)
