@@ -66,6 +66,7 @@ def _open(
     simplify: bool | None = None,
     allow_bad: bool = False,
     offline: bool = False,
+    tokenizer: str | None = None,
 ) -> Run:
     from miniglm.pipeline import Run, open_offline
     from miniglm.recipe import load_recipe
@@ -78,6 +79,7 @@ def _open(
         "corpus.encoding": encoding,
         "corpus.simplify": simplify,
         "qa.allow_bad_lines": allow_bad or None,
+        "tokenizer.kind": tokenizer,
         "corpus.books": book or None,
         "qa.train": qa or None,
     }
@@ -143,11 +145,34 @@ def finetune(
     book: BookOption = None,
     qa: QAOption = None,
     device: Device = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--init", help="从这个 GLM 开始，而不是自己预训练的：目录、Hub 上的名字或 modelscope:名字"),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="只训练低秩的附加权重（LoRA），最后合并")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="--init 的模型用 float32 还是 bfloat16")] = "float32",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="反向时重算每一层，省内存，慢三分之一")
+    ] = False,
 ) -> None:
     """微调：让模型学会回答问题。没做的前几步会先做。"""
+    from miniglm.interop.adapt import Start, finetune_from, read_start
+
+    if init is None:
+        if lora or checkpointing or dtype != "float32":
+            raise MiniGLMError("--lora、--dtype、--checkpointing 只和 --init 一起用")
+        start = read_start(out)  # a run that began so goes on so
+    else:
+        from miniglm.interop.hub import find_model_to_start_from
+
+        start = Start(str(find_model_to_start_from(init)), lora, dtype, checkpointing)
+    run = _open(out, recipe, minutes, book, qa, device, tokenizer=None if start is None else start.folder)
+    if start is not None:
+        finetune_from(run, start)
+        return
     from miniglm import pipeline
 
-    pipeline.finetune(_open(out, recipe, minutes, book, qa, device))
+    pipeline.finetune(run)
 
 
 def _settings(
@@ -482,6 +507,45 @@ def compare(
     write_comparison(comparison, out)
     Console().print(comparison_table(comparison))
     say(f"图 {out / 'compare.png'}，数字 {out / 'compare.json'}")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    format: Annotated[str, typer.Option("--format", help="gguf（llama.cpp、Ollama）或 onnx（手机、浏览器）")],
+    type: Annotated[str, typer.Option("--type", help="gguf：f32、f16、q8_0、q4_0；onnx：f32、int8")] = "f32",
+    out: Annotated[Path | None, typer.Option("--out", help="写到这个文件；不给就写在运行目录的 export/ 里")] = None,
+) -> None:
+    """导出成别的程序的格式。"""
+    from miniglm.interop.export import export_model
+    from miniglm.ui import say
+
+    for path in export_model(run, format, type, out):
+        say(f"写好 {path}（{path.stat().st_size / 1e6:.1f} MB）")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="参考作业的 ckpt.pt", metavar="CKPT")],
+    out: Annotated[Path, typer.Option("--out", help="模型写到这个目录")],
+) -> None:
+    """把参考作业的 ckpt.pt 转成模型目录，之后 sample、ask、evaluate 都能用。"""
+    from miniglm.interop.gpt2 import convert_checkpoint
+    from miniglm.ui import say
+
+    config = convert_checkpoint(checkpoint, out)
+    say(
+        f"写好 {out}：{config.num_hidden_layers} 层，宽 {config.hidden_size}，{config.num_parameters / 1e6:.1f} 百万参数"
+    )
+
+
+@app.command()
+def card(run: RunArgument) -> None:
+    """写模型卡：README.md（Hub 的元数据、配方、数据、成绩、局限）和 ModelScope 的 configuration.json。"""
+    from miniglm.interop.card import write_card
+    from miniglm.ui import say
+
+    say(f"写好 {write_card(run)}；怎样上传见 docs/interop.md")
 
 
 @qa_app.command("check")

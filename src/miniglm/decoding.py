@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniglm.model import GLM, DecoderLayer, rotary_table, rotate
+from miniglm.model import GLM, MLP, DecoderLayer, rotate
 
 MAX_PACKED = 2**28
 """Bytes of weights that are copied into the layout that single rows are fastest with; larger models stay as they are,
@@ -57,11 +57,10 @@ class CachedDecoder:
         # keys and values of a layer in one array, so that one write stores both: (slots, 2 · kv heads, capacity, dim)
         shape = (slots, 2 * self.kv_heads, capacity, self.head_dim)
         self.cache = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in model.model.layers]
-        self.table = rotary_table(config, capacity, self.device)
         layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
         self.layers = layers
         small = model.config.num_parameters * weight.element_size() <= MAX_PACKED
-        plain = all(type(module) is nn.Linear for layer in layers for module in _matrices(layer))  # no adapters
+        plain = all(type(module) is nn.Linear for layer in layers for module in _matrices(layer))
         self.packed = [_pack(layer) for layer in layers] if small and plain else None
         self.head = model.lm_head.weight.t().contiguous() if small and plain else None
 
@@ -77,8 +76,8 @@ class CachedDecoder:
         longest = max(lengths)
         # What stands right of a shorter sequence is never seen: later tokens overwrite it before anyone looks there.
         ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=self.device)
-        x = self.model.model.embed_tokens(ids)
-        table = self.table[None, :longest, None]
+        x = self.model.embed(ids, None)
+        table = self.model.rotary(None, longest)
         slots = slice(first, first + len(sequences))
         for number, layer in enumerate(self.layers):
             attention = layer.self_attn
@@ -105,8 +104,8 @@ class CachedDecoder:
             hidden = torch.arange(longest, device=self.device) > at[:, None]
             mask = torch.zeros(n, longest, device=self.device, dtype=self.dtype)
             mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
-        table = self.table[at][:, None, None]
-        x = self.model.model.embed_tokens(torch.tensor(ids, device=self.device))
+        table = self.model.rotary(at[:, None], longest)
+        x = self.model.embed(torch.tensor(ids, device=self.device), at)
         for number, layer in enumerate(self.layers):
             qkv = self._qkv(number, layer.input_layernorm(x)[:, None], table)[:, 0]
             cache = self.cache[number]
@@ -150,7 +149,10 @@ class CachedDecoder:
 
 
 def _matrices(layer: DecoderLayer) -> Sequence[nn.Module]:
+    """What `_pack` takes the weights of; adapters and the parts of other architectures are no `nn.Linear` there."""
     attention, mlp = layer.self_attn, layer.mlp
+    if type(mlp) is not MLP:
+        return [mlp]
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
 
 

@@ -150,34 +150,39 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """hidden: (n, D); weight: (V, D); labels: (n,). Returns the sum of the losses in float32. A single loss is
         at most 87, where float32 probabilities end."""
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # a frozen output layer needs none
         # Larger blocks would leave the cache, smaller ones add too little to the weights' gradient for each pass over
         # it; a GPU wants few launches instead.
         rows = max(32, 2**21 // weight.shape[0]) if hidden.device.type == "cpu" else 4096
         compute = active_dtype(weight)
         matrix = weight.to(compute)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if needs_grad else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros(weight.shape, device=weight.device, dtype=torch.float32) if needs_weight else None
         for start in range(0, len(hidden), rows):
             h = hidden[start : start + rows].to(compute)
             y = labels[start : start + rows, None]
             p = torch.softmax(h @ matrix.T, dim=1, dtype=torch.float32)
             total -= p.gather(1, y).clamp_min_(torch.finfo(torch.float32).tiny).log_().sum()
-            if grad_hidden is not None and grad_weight is not None:
-                p.scatter_add_(1, y, torch.full_like(y, -1.0, dtype=p.dtype))
-                p = p.to(compute)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            p.scatter_add_(1, y, torch.full_like(y, -1.0, dtype=p.dtype))
+            p = p.to(compute)
+            if grad_hidden is not None:
                 grad_hidden[start : start + rows] = p @ matrix
-                if compute == torch.float32:
-                    grad_weight.addmm_(p.T, h)
-                else:
-                    grad_weight += p.T @ h
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight)
+            if grad_weight is not None and compute == torch.float32:
+                grad_weight.addmm_(p.T, h)
+            elif grad_weight is not None:
+                grad_weight += p.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None
+        return (
+            None if grad_hidden is None else grad_hidden * grad,
+            None if grad_weight is None else grad_weight * grad,
+            None,
+        )

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from miniglm import kernels
 from miniglm.kernels import LinearCrossEntropy, RotaryAttention, fits_rotary_attention
@@ -85,7 +86,9 @@ class ModelConfig:
             raise ValueError(f"model_type = {config.get('model_type')!r}，应为 'glm'")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act = {config['hidden_act']!r}，应为 'silu'")
-        rope = config.get("rope_parameters") or {}
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if (scaled := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            raise ValueError(f"rope_type = {scaled!r}，应为 'default'")
         heads = config.get("num_attention_heads")
         try:
             return cls(
@@ -179,8 +182,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
         batch, seq, _ = x.shape
-        if fits_rotary_attention(x):
-            projections = (self.q_proj, self.k_proj, self.v_proj)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if fits_rotary_attention(x) and all(type(p) is nn.Linear for p in projections):  # adapters work by themselves
             bias = torch.cat([p.bias for p in projections]) if self.q_proj.bias is not None else None
             projected = F.linear(x, torch.cat([p.weight for p in projections]), bias)  # one product in place of three
             groups = self.k_proj.out_features // self.head_dim
@@ -268,6 +271,8 @@ class GLM(nn.Module):
     def __init__(self, config: ModelConfig, dropout: float = 0.0) -> None:
         super().__init__()
         self.config, self.dropout = config, dropout
+        self.checkpointing = False
+        """Whether training keeps only each layer's input and computes its inside again for the gradient."""
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -295,7 +300,7 @@ class GLM(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
-    def _rotary(self, positions: Tensor | None, length: int) -> Tensor:
+    def rotary(self, positions: Tensor | None, length: int) -> Tensor:
         """The table at `positions` (batch, seq), or at 0 … length for all rows: (batch or 1, seq, 1, rotary_dim / 2)."""
         table = self._table
         if table is None or table.device != self.device or len(table) < length:
@@ -315,16 +320,24 @@ class GLM(nn.Module):
             mask: who sees whom, boolean, (batch or 1, 1, seq, seq); nobody sees later positions. Default: all earlier.
         """
         length = ids.shape[1] if positions is None else int(positions.max()) + 1
-        table = self._rotary(positions, length)
+        table = self.rotary(positions, length)
         dropout = self.dropout if self.training else 0.0
-        x = self.model.embed_tokens(ids)
+        x = self.embed(ids, positions)
         if mask is not None:  # as what is added to the scores, once and not in each layer
             mask = torch.zeros(mask.shape, device=x.device, dtype=kernels.active_dtype(x)).masked_fill_(
                 ~mask, -math.inf
             )
         for layer in self.model.layers:
-            x = layer(x, table, mask, dropout)
+            if self.checkpointing and self.training:
+                x = checkpoint(layer, x, table, mask, dropout, use_reentrant=False)
+            else:
+                x = layer(x, table, mask, dropout)
         out: Tensor = self.model.norm(x)
+        return out
+
+    def embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """What the first layer reads, (batch, seq, D). Positions are for models that add them here."""
+        out: Tensor = self.model.embed_tokens(ids)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -130,6 +130,8 @@ def build_optimizers(
     """
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # frozen, as all but the adapters of a LoRA are
+            continue
         if muon and parameter.ndim == 2 and ".layers." in name:
             matrices.append(parameter)
         elif parameter.ndim == 2:

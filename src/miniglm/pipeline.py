@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,8 @@ def tokenize(run: Run) -> None:
     say(f"词表 {tokenizer.vocab_size:,}，每字 {per_character:.2f} 个 token，训练部分 {meta['train_tokens']:,} 个 token")
 
 
-def _meta(run: Run) -> dict[str, Any]:
+def token_meta(run: Run) -> dict[str, Any]:
+    """Counts of the run's token arrays."""
     meta: dict[str, Any] = json.loads((run.path / "tokens" / "meta.json").read_text("utf-8"))
     return meta
 
@@ -271,7 +272,7 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     """
     tokenize(run)
     path = run.path / "plan.json"
-    meta = _meta(run)
+    meta = token_meta(run)
     if seconds is None and run.recipe.run.minutes is not None:
         seconds = 60 * run.recipe.run.minutes * 0.9
     known = Plan.from_json(json.loads(path.read_text("utf-8"))) if path.exists() else None
@@ -300,18 +301,25 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     return made
 
 
-def _train(
-    run: Run, made: Plan, name: str, model: GLM, tokenizer: Tokenizer, batches: Batches, evaluate: Any
+def train_stage(
+    run: Run,
+    made: Plan,
+    name: str,
+    model: GLM,
+    batches: Batches,
+    evaluate: Callable[[], dict[str, float]],
+    save: Callable[[Path], None],
 ) -> TrainResult:
+    """Trains a stage and notes how it went; `save` writes the best model so far to the folder it is given."""
     folder = run.path / name
-    meta = _meta(run)
+    meta = token_meta(run)
     begun = time.monotonic()
 
     def draw() -> None:
         draw_losses(stage_curves(run.path), run.path / "loss.png")
 
     def save_best(scores: dict[str, float]) -> None:
-        save_model(folder / "model", model, tokenizer)
+        save(folder / "model")
 
     title = TITLES[name]
     with training_bar(title, meta["train_characters"] / meta["train_tokens"]) as bar:
@@ -345,19 +353,29 @@ def pretrain(run: Run, seconds: float | None = None) -> None:
     tokens = run.path / "tokens"
     text = TextRows(read_tokens(tokens / "train.npy"), made.context, tokenizer.prefix, run.recipe.run.seed)
     batches = Batches(text, None, made.pretrain.rows, 1.0)
-    _train(run, made, "pretrain", model, tokenizer, batches, lambda: {"score": _text_bits(run, model, tokenizer, made)})
+    train_stage(
+        run,
+        made,
+        "pretrain",
+        model,
+        batches,
+        lambda: {"score": text_bits(run, model, tokenizer, made)},
+        lambda folder: save_model(folder, model, tokenizer),
+    )
 
 
-def _text_bits(run: Run, model: GLM, tokenizer: Tokenizer, made: Plan) -> float:
+def text_bits(run: Run, model: GLM, tokenizer: Tokenizer, made: Plan) -> float:
+    """Bits per character of the books' validation part."""
     tokens = read_tokens(run.path / "tokens" / "validation.npy")
     batches = validation_text_batches(tokens, made.context, tokenizer.prefix, EVALUATION_ROWS)
-    return bits_per_character(model, batches, _meta(run)["validation_characters"])
+    return bits_per_character(model, batches, token_meta(run)["validation_characters"])
 
 
-def _answer_bits(run: Run, model: GLM, tokenizer: Tokenizer, made: Plan) -> float:
+def answer_bits(run: Run, model: GLM, tokenizer: Tokenizer, made: Plan) -> float:
+    """Bits per character of the validation questions' answers."""
     pairs = read_pairs(run.path / "tokens" / "pairs_validation.npz")
     batches = validation_pair_batches(pairs, made.context, tokenizer.end_of_text, EVALUATION_ROWS)
-    return bits_per_character(model, batches, _meta(run)["validation_answer_characters"])
+    return bits_per_character(model, batches, token_meta(run)["validation_answer_characters"])
 
 
 def finetune(run: Run, seconds: float | None = None) -> None:
@@ -367,7 +385,7 @@ def finetune(run: Run, seconds: float | None = None) -> None:
         run.skip("finetune")
         return
     made = make_plan(run)
-    if _meta(run)["train_pairs"] == 0:
+    if token_meta(run)["train_pairs"] == 0:
         model, tokenizer = load_model(run.path / "pretrain" / "model")
         save_model(run.path / "model", model, tokenizer)
         say("没有问答，模型只会续写：miniglm sample")
@@ -381,8 +399,14 @@ def finetune(run: Run, seconds: float | None = None) -> None:
     share = made.text_share
     text = TextRows(read_tokens(tokens / "train.npy"), made.context, tokenizer.prefix, seed) if share > 0 else None
     batches = Batches(text, pairs, made.finetune.rows, share)
-    _train(
-        run, made, "finetune", model, tokenizer, batches, lambda: {"score": _answer_bits(run, model, tokenizer, made)}
+    train_stage(
+        run,
+        made,
+        "finetune",
+        model,
+        batches,
+        lambda: {"score": answer_bits(run, model, tokenizer, made)},
+        lambda folder: save_model(folder, model, tokenizer),
     )
     best, _ = load_model(run.path / "finetune" / "model")
     save_model(run.path / "model", best, tokenizer)
@@ -480,7 +504,7 @@ def _text(run: Run | None, file: Path | None, tokenizer: Tokenizer) -> Text | No
     if run is None or not (run.path / "tokens" / "validation.npy").exists():
         return None
     ids = read_tokens(run.path / "tokens" / "validation.npy")
-    return Text("小说的验证部分", ids.tolist(), _meta(run)["validation_characters"]) if len(ids) else None
+    return Text("小说的验证部分", ids.tolist(), token_meta(run)["validation_characters"]) if len(ids) else None
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ disk, or how text is generated; `tokenizers` does the merging.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
+from miniglm.template import ChatTemplate, read_template
 
 if TYPE_CHECKING:
     import tiktoken
@@ -228,6 +230,7 @@ class Tokenizer:
         control_ids: ids that stand for no text. `encode` never returns one.
         prefix: what every sequence starts with, `[gMASK]<sop>`.
         stop_ids: ids that end an answer.
+        template: the chat template of the folder it came from, where that is not our own form.
     """
 
     def __init__(self, hf: tokenizers.Tokenizer, *, path: Path | None = None) -> None:
@@ -268,6 +271,8 @@ class Tokenizer:
         self.prefix = [self.gmask, self.sop]
         self.stop_ids = frozenset({self.end_of_text, self.user, self.observation})
         self._id_of_role = {role: id_of[f"<|{role}|>"] for role in ROLES}
+        self.template: ChatTemplate | None = None
+        self._files: dict[str, bytes] = {}  # of the folder that brought the template; `save` writes them as they are
 
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise _not_accepted("编码后再解码得不到原文", path)
@@ -306,7 +311,36 @@ class Tokenizer:
             hf = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises nothing narrower
             raise _not_accepted(f"tokenizers 打不开它（{error}）", file) from error
-        return cls(hf, path=file)
+        tokenizer = cls(hf, path=file)
+        if path.is_dir():
+            tokenizer._adopt(path)
+        return tokenizer
+
+    def _adopt(self, folder: Path) -> None:
+        """Takes over the chat template and the ends of an answer that a folder names, if they are not our own."""
+        source = read_template(folder)
+        if source is None or source == CHAT_TEMPLATE:
+            return
+        files = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+        self._files = {name: (folder / name).read_bytes() for name in files if (folder / name).exists()}
+        try:
+            config = json.loads(self._files.get("tokenizer_config.json", b"{}"))
+            names = {
+                k: v if isinstance(v, str) else v["content"] for k, v in config.items() if k.endswith("_token") and v
+            }
+        except (ValueError, TypeError, LookupError, AttributeError):
+            names = {}
+        control = {text: id for id, text in self._control_text.items()}
+        self.template = ChatTemplate(source, control, names, folder)
+        if not any(text in source for text in control):
+            self.prefix = self.encode("\n")  # a model that knows no control token: what paragraphs begin after
+        ends: Any = None
+        for name in ("generation_config.json", "config.json"):
+            if ends is None and (folder / name).exists():
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    ends = json.loads((folder / name).read_text("utf-8")).get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [ends]
+        self.stop_ids |= {id for id in ends if isinstance(id, int) and 0 <= id < self.vocab_size}
 
     def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
         """Writes tokenizer.json and tokenizer_config.json, each whole or not at all; transformers opens the folder.
@@ -318,6 +352,10 @@ class Tokenizer:
         Raises:
             MiniGLMError: the folder cannot be written to.
         """
+        if self.template is not None:
+            for name, content in self._files.items():
+                write_whole(Path(folder) / name, content)
+            return
         config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": "<|endoftext|>",
@@ -368,13 +406,18 @@ class Tokenizer:
         flush()
         return results
 
+    def allow_unused(self, rows: int) -> None:
+        """Takes ids from the vocabulary's end to `rows`, which a model's embedding may have but no token uses, for
+        ids of no text."""
+        self._bytes += [b""] * (rows - len(self._bytes))
+
     def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for; none for a control token.
 
         Raises:
             ValueError: there is no such token.
         """
-        found = self._bytes[id] if 0 <= id < self.vocab_size else None
+        found = self._bytes[id] if 0 <= id < len(self._bytes) else None
         if found is None:
             raise ValueError(f"no token has the id {id}; the vocabulary has {self.vocab_size}")
         return found
@@ -401,15 +444,18 @@ class Tokenizer:
         Raises:
             MiniGLMError: a message is not of that form.
         """
-        ids = list(self.prefix)
         for number, message in enumerate(messages, start=1):
             role, content = message.get("role"), message.get("content")
             if role not in self._id_of_role:
                 raise MiniGLMError(f"第 {number} 条消息的 role 是 {role!r}，应当是 {'、'.join(ROLES)} 之一")
             if not isinstance(content, str):
                 raise MiniGLMError(f"第 {number} 条消息的 content 不是字符串")
+        if self.template is not None:
+            return self.template.encode(messages, add_generation_prompt, self.encode)
+        ids = list(self.prefix)
+        for message in messages:
             # In one piece with the newline, as it is for a program that renders the conversation to text first.
-            ids += [self._id_of_role[role], *self.encode("\n" + content)]
+            ids += [self._id_of_role[message["role"]], *self.encode("\n" + message["content"])]
         if add_generation_prompt:
             ids += [self.assistant, *self.encode("\n")]
         return ids
@@ -431,6 +477,11 @@ class Tokenizer:
         """
         if not turns:
             raise ValueError("a training example needs at least one turn")
+        if self.template is not None:
+            messages = [{"role": "system", "content": system}] if system else []
+            for question, answer in turns:
+                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            return self.template.encode_training(messages, self.end_of_text, self.encode)
         ids = list(self.prefix)
         if system:
             ids += [self.system, *self.encode("\n" + system)]

@@ -199,7 +199,7 @@ def train(
         def section(prefix: str) -> dict[str, torch.Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-        weights = dict(model.named_parameters())
+        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
         saved = section("model::")
         if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in weights.items()}:
             raise MiniGLMError("训练状态与模型的形状不符", path=state_path, fix="换一个 --out 目录重新训练")
@@ -225,7 +225,7 @@ def train(
     def save(finished: bool = False) -> None:
         tensors, groups = optimizer_tensors(optimizers)
         everything = {f"optimizer::{name}": t for name, t in tensors.items()}
-        everything |= {f"model::{name}": t for name, t in model.named_parameters()}
+        everything |= {f"model::{name}": t for name, t in model.named_parameters() if t.requires_grad}
         everything |= {f"rng::{name}": t for name, t in rng_tensors().items()}
         meta = {
             "step": step,

@@ -19,6 +19,7 @@ from typing import Any
 
 from miniglm import __version__
 from miniglm.chat import encode_reference, prompt_of
+from miniglm.checkpoint import weight_files
 from miniglm.corpus.reading import read_lines
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.baseline import NearestQuestion
@@ -190,8 +191,11 @@ def _check_pairs(parts: Sequence[Part], earlier: dict[str, Any]) -> None:
 
 
 def _checksum(folder: Path) -> str:
-    with (folder / "model.safetensors").open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digests = []
+    for path in weight_files(folder):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return " ".join(digests)
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:
