@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,30 @@ def test_a_run_of_another_version_is_not_touched(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to send")
+def test_the_demo_ends_in_the_page(material: Path, finished: Path) -> None:
+    arguments = [str(part) for part in demo(material, finished) if part != "--no-chat"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "miniglm", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    assert process.stderr is not None
+    said, found = "", None
+    while found is None and (line := process.stderr.readline()):
+        said += line
+        found = re.search(r"http://127\.0\.0\.1:\d+", line)
+    assert found is not None, said
+    with urllib.request.urlopen(found[0]) as page:
+        assert "text/html" in page.headers["Content-Type"]
+    process.send_signal(signal.SIGTERM)
+    said += process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in said
+
+
 def test_without_network_the_demo_says_what_to_do(tmp_path: Path) -> None:
     fails(
         "demo",
@@ -174,7 +200,7 @@ def test_without_network_the_demo_says_what_to_do(tmp_path: Path) -> None:
 def test_help_is_quick_and_chinese() -> None:
     done = miniglm("--help")
     assert done.returncode == 0
-    for verb in ("corpus", "prepare", "tokenize", "pretrain", "finetune", "sample", "ask", "chat", "demo"):
+    for verb in ("corpus", "prepare", "tokenize", "pretrain", "finetune", "sample", "ask", "chat", "serve", "demo"):
         assert verb in done.stdout
         assert miniglm(verb, "--help").returncode == 0
     code = "import sys; sys.argv = ['miniglm', '--help']\ntry:\n    from miniglm.cli import main; main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"

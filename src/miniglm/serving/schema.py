@@ -331,6 +331,14 @@ def _place(location: Sequence[Any]) -> tuple[str, int]:
     return name, depth
 
 
+def _expected(error: Any) -> str:
+    """What one of pydantic's errors asks for."""
+    known = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
+    if isinstance(known.get("expected"), str):
+        known["expected"] = known["expected"].replace("' or '", "', '")
+    return _EXPECTED.get(error["type"], error["msg"]).format(**known)
+
+
 def validation_error(errors: Sequence[Any]) -> ApiError:
     """pydantic's errors about a body as one refusal, of the parameter that was followed deepest."""
     placed = [(*_place(error["loc"]), error) for error in errors]
@@ -341,10 +349,8 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
     chosen = [error for name, depth, error in placed if name == param]
     if chosen[0]["type"] == "missing":
         return ApiError(400, f"缺少参数 {param}", param=param, code="missing_required_parameter")
-    expected = list(
-        dict.fromkeys(_EXPECTED.get(error["type"], error["msg"]).format(**error.get("ctx", {})) for error in chosen)
-    )
+    expected = "，或".join(dict.fromkeys(_expected(error) for error in chosen))
     value = chosen[0].get("input")
     quoted = json.dumps(value, ensure_ascii=False)[:40] if isinstance(value, (bool, int, float, str)) else ""
     found = f" 是 {quoted}" if quoted else ""
-    return ApiError(400, f"{param}{found}，{'，或'.join(expected)}", param=param, code="invalid_value")
+    return ApiError(400, f"{param}{found}，{expected}", param=param, code="invalid_value")

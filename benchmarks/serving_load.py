@@ -1,0 +1,222 @@
+"""What `miniglm serve` gives to 1, 8, 32 and 128 clients that stream at once, and whether its memory stays flat.
+
+    python benchmarks/serving_load.py RUN [--seconds 20] [--clients 1 8 32 128] [--requests 10000] [--json FILE]
+
+Starts the server on a free loopback port; the clients are this process. Each asks the run's validation questions, one
+after another on a new connection each, greedy, with the server's own limit of tokens, so answers are as long as users
+get them. A refusal with 429 is counted and tried again after what Retry-After says. With `--requests` that many more
+requests are made by 32 clients, every tenth left in the middle, while the server's memory is watched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+WARM_UP = 2.0
+"""Seconds before what is measured."""
+MEMORY_CLIENTS = 32
+
+
+@dataclass
+class Tally:
+    """What the clients saw within the measured time."""
+
+    begin: float
+    end: float
+    characters: int = 0
+    answers: int = 0
+    first: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+
+    def counts(self) -> bool:
+        return self.begin <= time.perf_counter() < self.end
+
+
+@contextlib.contextmanager
+def serving(run: Path) -> Iterator[tuple[int, psutil.Process]]:
+    """The server in a process of its own: its port, and the process."""
+    command = [sys.executable, "-m", "miniglm", "serve", str(run), "--port", "0"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    assert process.stderr is not None
+    try:
+        for line in process.stderr:
+            if found := re.search(r"127\.0\.0\.1:(\d+)/v1", line):
+                yield int(found[1]), psutil.Process(process.pid)
+                break
+        else:
+            raise SystemExit("the server did not start")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        if code := process.wait():
+            print(f"the server ended with {code}", file=sys.stderr)
+
+
+def questions(run: Path) -> list[str]:
+    file = run / "qa" / "validation.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    found = [str(row["question"]) for row in rows if row.get("question")]
+    return found or ["曹操是谁？", "谁借了东风？", "关羽字什么？"]
+
+
+async def ask(port: int, model: str, question: str, tally: Tally, *, leave: bool = False, **more: Any) -> float:
+    """One streamed answer; seconds to wait before the next request."""
+    messages = [{"role": "user", "content": question}]
+    body = json.dumps({"model": model, "messages": messages, "stream": True} | more).encode()
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    asked = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(head.encode() + body)
+        status = int((await reader.readline()).split()[1])
+        headers = {}
+        while (line := (await reader.readline()).decode().strip()) != "":
+            name, _, value = line.partition(":")
+            headers[name.lower()] = value.strip()
+        if status != 200:
+            if tally.counts():
+                tally.errors[str(status)] += 1
+            return float(headers.get("retry-after", 1))
+        first = True
+        # Each event comes in an HTTP chunk of its own, so that its line is never cut.
+        async for line_bytes in reader:
+            if not line_bytes.startswith(b"data: {"):
+                continue
+            event = json.loads(line_bytes[6:])
+            if "error" in event:
+                if tally.counts():
+                    tally.errors[event["error"]["message"]] += 1
+                return 0.0
+            if text := event["choices"][0]["delta"].get("content"):
+                if first and tally.counts():
+                    tally.first.append(time.perf_counter() - asked)
+                first = False
+                if tally.counts():
+                    tally.characters += len(text)
+                if leave:
+                    return 0.0
+            if event["choices"][0]["finish_reason"] and tally.counts():
+                tally.answers += 1
+        return 0.0
+    finally:
+        writer.close()
+
+
+async def client(port: int, model: str, asked: list[str], tally: Tally, seed: int) -> None:
+    order = asked[:]
+    random.Random(seed).shuffle(order)
+    for question in itertools.cycle(order):
+        if time.perf_counter() >= tally.end:
+            return
+        try:
+            wait = await ask(port, model, question, tally)
+        except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
+            if tally.counts():
+                tally.errors[type(error).__name__] += 1
+            wait = 0.1
+        await asyncio.sleep(wait)
+
+
+async def load(port: int, model: str, asked: list[str], clients: int, seconds: float) -> dict[str, Any]:
+    """So many clients for so long."""
+    begin = time.perf_counter() + WARM_UP
+    tally = Tally(begin, begin + seconds)
+    await asyncio.gather(*(client(port, model, asked, tally, seed) for seed in range(clients)))
+    first = sorted(tally.first)
+    return {
+        "clients": clients,
+        "characters_per_second": tally.characters / seconds,
+        "answers": tally.answers,
+        "first_median": statistics.median(first) if first else None,
+        "first_p95": first[math.ceil(0.95 * len(first)) - 1] if first else None,
+        "errors": dict(tally.errors),
+    }
+
+
+async def flood(
+    port: int, model: str, asked: list[str], requests: int, server: psutil.Process
+) -> list[tuple[int, float]]:
+    """Memory in MiB after the first requests and at each tenth of the rest."""
+    memory: list[tuple[int, float]] = []
+    tally = Tally(0, float("inf"))
+    numbers = iter(range(requests))
+    marks = {requests // 20, *(requests * tenth // 10 - 1 for tenth in range(1, 11))}
+
+    async def one() -> None:
+        for number in numbers:
+            question = asked[number % len(asked)]
+            wait = await ask(port, model, question, tally, leave=number % 10 == 9, max_tokens=32)
+            if number in marks:
+                memory.append((number + 1, server.memory_info().rss / 2**20))
+            await asyncio.sleep(wait)
+
+    await asyncio.gather(*(one() for _ in range(MEMORY_CLIENTS)))
+    if tally.errors:
+        print(f"errors: {dict(tally.errors)}")
+    return sorted(memory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each number of clients")
+    parser.add_argument("--requests", type=int, default=0, help="then so many requests, watching memory")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    asked = questions(given.run)
+    with serving(given.run) as (port, server):
+        import urllib.request
+
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as answer:
+            model = json.load(answer)["data"][0]["id"]
+        rows = []
+        print(
+            f"{'clients':>7}  {'char/s':>8}  {'to one':>6}  {'answers':>7}  {'first, median':>13}  {'p95':>7}  errors"
+        )
+        for clients in given.clients:
+            row = asyncio.run(load(port, model, asked, clients, given.seconds))
+            rows.append(row)
+            row["ratio"] = row["characters_per_second"] / max(rows[0]["characters_per_second"], 1e-9)
+            first, p95 = (f"{1000 * (row[name] or 0):,.0f} ms" for name in ("first_median", "first_p95"))
+            print(
+                f"{clients:>7}  {row['characters_per_second']:>8,.0f}  {row['ratio']:>6.1f}  {row['answers']:>7}"
+                f"  {first:>13}  {p95:>7}  {row['errors'] or 'none'}",
+                flush=True,
+            )
+        memory: list[tuple[int, float]] = []
+        if given.requests:
+            memory = asyncio.run(flood(port, model, asked, given.requests, server))
+            for number, mebibytes in memory:
+                print(f"after {number:>6,} requests {mebibytes:>8,.1f} MiB")
+        rss = server.memory_info().rss / 2**20
+    print(f"server's memory at the end {rss:,.1f} MiB; {os.cpu_count()} cores")
+    if given.json:
+        found = {"load": rows, "memory_mib": memory, "final_mib": rss, "cores": os.cpu_count()}
+        given.json.write_text(json.dumps(found, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
