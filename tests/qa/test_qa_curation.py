@@ -129,6 +129,15 @@ def test_pairs_of_different_facts_that_are_nearly_the_same() -> None:
     assert curate(same_fact, Criteria()) == {}
 
 
+def test_questions_that_differ_in_a_number_are_different() -> None:
+    answers = {"第三回": "吕布。", "第五回": "吕布。", "第十二回": "典韦。"}
+    rows = [
+        Example((Turn(f"在{where}的故事里，是哪一位武艺高强的将军第一个冲到阵前叫骂挑战的呢？", answer),), id=where)
+        for where, answer in answers.items()
+    ]
+    assert curate(rows, Criteria()) == {}
+
+
 def test_a_chapter_keeps_whole_facts_from_all_over_it() -> None:
     rows = [
         Example(

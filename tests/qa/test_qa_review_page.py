@@ -53,7 +53,7 @@ def file(tmp_path: Path) -> Path:
 def decisions(file: Path) -> list[tuple[str, str]]:
     """What is on the disk at this moment."""
     records = [json.loads(line) for line in decisions_file(file).read_text("utf-8").splitlines()]
-    return [(record["verdict"], record["question"]) for record in records]
+    return [(record["verdict"], record["question"]) for record in records if "row" in record]
 
 
 def at(page: Page, position: int, of: int = 12) -> None:
@@ -156,4 +156,10 @@ def test_going_through_a_set_by_keyboard(browser: Browser, file: Path, tmp_path:
     )
     again = Review(file, books)
     assert {n: d.verdict for n, d in again.decisions.items()} == {1: "keep", 2: "keep", 3: "edit"}
+    # What this review wrote before is written anew; what somebody else put there is kept.
+    again.write(out)
+    assert list(tmp_path.glob("out-*.jsonl")) == []
+    out.write_text("别人的\n", "utf-8")
+    assert again.write(out) == 13
     again.close()
+    assert [path.read_text("utf-8") for path in tmp_path.glob("out-*.jsonl")] == ["别人的\n"]

@@ -5,6 +5,7 @@ Knows nothing of models; what it needs of a book is its text.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from miniglm.qa.grounding import (
     QUESTION,
     chinese_share,
 )
-from miniglm.qa.keys import holds_keys
+from miniglm.qa.keys import holds_keys, normalize
 from miniglm.qa.leaks import near_texts
 from miniglm.qa.spread import spread
 from miniglm.qa.text import bare, fold
@@ -32,6 +33,7 @@ NEAR_PAIR = "问答几乎相同"
 CONTRADICTION = "几乎相同的问题，答案矛盾"
 TOO_SIMILAR = "不够新（ROUGE-L）"
 CROWDED = "本章已够多"
+_NUMBER = re.compile("#[^#]*#")
 CONTRADICTION_SIMILARITY = 0.95
 """Questions closer than this that have different answers contradict each other; further apart they may ask for
 different things in the same words (which differ in a name, say)."""
@@ -126,13 +128,21 @@ def _agree(first: Example, second: Example) -> bool:
     return fuzz.partial_ratio(bare(first.answer), bare(second.answer)) >= 60
 
 
+def _same_numbers(first: str, second: str) -> bool:
+    """Whether two questions name the same numbers: 第三回 and 第五回 are all but the same to the eye of a bigram."""
+    return _NUMBER.findall(normalize(first)) == _NUMBER.findall(normalize(second))
+
+
 def _against_others(examples: Sequence[Example], similarity: float, found: dict[int, Fault]) -> None:
     rows = [number for number in range(len(examples)) if number not in found]
     questions = {number: bare(examples[number].question) or fold(examples[number].question) for number in rows}
     same: dict[str, list[int]] = defaultdict(list)
     for number in rows:
         same[questions[number]].append(number)
-    near = near_texts(list(same), similarity)
+    near = {
+        text: {other: value for other, value in found_near.items() if _same_numbers(text, other)}
+        for text, found_near in near_texts(list(same), similarity).items()
+    }
 
     for number in rows:  # first, as both sides of a contradiction go, whichever comes first
         for other in same[questions[number]]:
@@ -164,8 +174,10 @@ def _against_others(examples: Sequence[Example], similarity: float, found: dict[
     owners: dict[str, int] = {}
     for number in rows:
         close = [owners[text] for text in near[pairs[number]] if text in owners]
-        twin = next((n for n in close if _fact(examples[n]) != _fact(examples[number])), None)
-        if twin is not None and _agree(examples[twin], examples[number]):
+        others = [n for n in close if _fact(examples[n]) != _fact(examples[number])]
+        others = [n for n in others if _same_numbers(questions[n], questions[number])]
+        twin = next((n for n in others if _agree(examples[n], examples[number])), None)
+        if twin is not None:
             found[number] = Fault(NEAR_PAIR, twin)
         else:
             owners[pairs[number]] = number

@@ -77,8 +77,8 @@ class Review:
         self._book = "\n".join(p.text for book in books for p in book.paragraphs)
         self._passages = {} if self._book else _passages(file)
         self.doubts = self._doubts()
-        self._written: set[Path] = set()
         self._journal = Journal(decisions_file(file))
+        self._written = {str(record["written"]) for record in self._journal.records if "written" in record}
         numbers = {name: number for number, name in enumerate(self._names)}
         self.decisions: dict[int, Decision] = {}
         for line, record in enumerate(self._journal.records, 1):
@@ -162,8 +162,9 @@ class Review:
 
     def write(self, out: Path) -> int:
         """Writes the set without the rejected rows and with the edits; rows that nobody has looked at are in it. What
-        stood there before this review is kept under a name with its date. Returns the number of rows."""
-        if out not in self._written:
+        stands there is kept under a name with its date, unless this review has written it. Returns the number of
+        rows."""
+        if out.exists() and _digest(out) not in self._written:
             keep_dated(out)
         rows = []
         for number, row in enumerate(self._rows):
@@ -173,7 +174,8 @@ class Review:
             elif decision.verdict == "edit":
                 rows.append(self._edited(number, decision))
         write_jsonl(out, rows)
-        self._written.add(out)
+        self._written.add(_digest(out))
+        self._journal.append({"written": _digest(out)})
         return len(rows)
 
     def _edited(self, number: int, decision: Decision) -> dict[str, Any]:
@@ -188,6 +190,10 @@ class Review:
 
     def close(self) -> None:
         self._journal.__exit__(None, None, None)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def decisions_file(file: Path) -> Path:
