@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from miniglm.errors import MiniGLMError
-from miniglm.files import write_whole
+from miniglm.files import write_whole, written_whole
 from miniglm.model import IGNORE
 
 MINIMUM_TARGET_ROOM = 8
@@ -70,9 +70,8 @@ class Row:
 def write_tokens(path: Path, ids: NDArray[Any]) -> None:
     """Writes token ids as .npy, two bytes each where they fit, whole or not at all."""
     largest = int(ids.max()) if len(ids) else 0
-    buffer = io.BytesIO()
-    np.save(buffer, ids.astype(np.uint16 if largest < 2**16 else np.uint32), allow_pickle=False)
-    write_whole(path, buffer.getvalue())
+    with written_whole(path) as file:
+        np.save(file, ids.astype(np.uint16 if largest < 2**16 else np.uint32, copy=False), allow_pickle=False)
 
 
 def read_tokens(path: Path) -> NDArray[Any]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from miniglm.checkpoint import RunFolder, load_model, save_model
 from miniglm.corpus import Paragraph, load_books, read_paragraphs, split, write_corpus
@@ -60,6 +62,8 @@ MAY_CHANGE = ("qa.allow_bad_lines", *LENGTHS)
 """Ends of the keys among them that it changes all the same."""
 TITLES = {"prepare": "语料和问答", "tokenize": "分词", "pretrain": "预训练", "finetune": "微调", "evaluate": "评测"}
 EVALUATION_ROWS = 32
+ENCODED_AT_ONCE = 2**20
+"""Characters of a corpus that are encoded at once."""
 
 
 class Run:
@@ -214,6 +218,23 @@ def _join(paragraphs: Sequence[Paragraph]) -> str:
     return "\n".join(p.text for p in paragraphs)
 
 
+def encode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> NDArray[Any]:
+    """Token ids of the lines with newlines between them, `ENCODED_AT_ONCE` characters at a time: beside the ids, two
+    bytes each where they fit, only so much is in memory."""
+    ids = array("H" if tokenizer.vocab_size <= 2**16 else "I")
+    waiting: list[str] = []
+    size = 0
+    for line in lines:
+        if size > ENCODED_AT_ONCE:
+            # No token reaches across: the pre-tokenizer never joins a newline with the letters after it.
+            ids.extend(tokenizer.encode("\n".join([*waiting, ""])))
+            waiting, size = [], 0
+        waiting.append(line)
+        size += len(line)
+    ids.extend(tokenizer.encode("\n".join(waiting)))
+    return np.frombuffer(ids, dtype=np.uint16 if ids.typecode == "H" else np.uint32)
+
+
 def tokenize(run: Run) -> None:
     """Trains or takes the tokenizer and writes the token arrays: RUN/tokenizer and RUN/tokens."""
     prepare(run)
@@ -235,12 +256,13 @@ def tokenize(run: Run) -> None:
     tokens.mkdir(exist_ok=True)
     meta: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
     for name, paragraphs in text.items():
-        ids: list[int] = []
+        parts: list[NDArray[Any]] = []
         books = list(dict.fromkeys(p.book for p in paragraphs))
         for book in books:  # a closing token between books, none between paragraphs: their order is the story
-            ids += tokenizer.encode(_join([p for p in paragraphs if p.book == book]))
-            ids += [tokenizer.end_of_text] if book != books[-1] else []
-        write_tokens(tokens / f"{name}.npy", np.asarray(ids))
+            parts.append(encode_lines(tokenizer, (p.text for p in paragraphs if p.book == book)))
+            parts += [np.array([tokenizer.end_of_text], parts[-1].dtype)] if book != books[-1] else []
+        ids = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.uint16)])
+        write_tokens(tokens / f"{name}.npy", ids)
         meta[f"{name}_tokens"] = len(ids)
         meta[f"{name}_characters"] = len(_join(paragraphs))
         encoded = [
