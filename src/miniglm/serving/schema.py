@@ -336,7 +336,8 @@ def _expected(error: Any) -> str:
     known = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
     if isinstance(known.get("expected"), str):
         known["expected"] = known["expected"].replace("' or '", "', '")
-    return _EXPECTED.get(error["type"], error["msg"]).format(**known)
+    pattern: str = _EXPECTED.get(error["type"], error["msg"])
+    return pattern.format(**known)
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
