@@ -1,0 +1,142 @@
+"""What each stage costs as the corpus grows, and a training step as the context grows: a table and a picture.
+
+    python benchmarks/growth.py [--megabytes 1 10 100 1000] [--contexts 256 512 1024 2048 4096] [--rounds 3]
+
+The corpus is the novel's paragraphs in random order, each with its number, so that none is a duplicate. Every size runs in a process
+of its own, for its peak of memory. Training is measured by the step, which must not depend on the corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from side_by_side import ROOT, parser, report
+from tokenizing import novel
+
+
+def peak() -> float:
+    """The largest resident size so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def write_corpus_of(book: str, megabytes: float, path: Path) -> None:
+    """A text file of so many MB."""
+    paragraphs, rng, left, number = novel(book), random.Random(0), megabytes * 1e6, 0
+    with path.open("w", encoding="utf-8") as file:
+        while left > 0:
+            number += 1
+            line = f"{rng.choice(paragraphs)}（{number}）\n"
+            left -= len(line.encode())
+            file.write(line)
+
+
+def corpus_size(book: str, megabytes: float) -> dict[str, Any]:
+    """Seconds and memory of each stage for one size, in this process."""
+    from miniglm.pipeline import Run, prepare, pretrain, tokenize
+    from miniglm.recipe import load_recipe
+
+    found: dict[str, Any] = {"MB": megabytes}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "书.txt"
+        write_corpus_of(book, megabytes, path)
+        overrides = {
+            **{"corpus.books": [str(path)], "qa.train": [], "qa.validation": [], "run.minutes": None},
+            **{"tokenizer.vocab_size": 4096, "model.hidden_size": 128, "model.num_hidden_layers": 2},
+            **{"pretrain.steps": 20, "pretrain.evaluate_every": 1000, "finetune.steps": 1},
+        }
+        run = Run(Path(scratch) / "run", load_recipe(None, overrides))
+        for name, stage in (("prepare", prepare), ("tokenize", tokenize), ("pretrain", pretrain)):
+            begun = time.perf_counter()
+            stage(run)
+            found |= {f"{name} s": time.perf_counter() - begun, f"{name} MiB": peak()}
+        metrics = (run.path / "pretrain" / "metrics.jsonl").read_text("utf-8").splitlines()
+        ends = [json.loads(line)["elapsed"] for line in metrics]
+        found["step s"] = (ends[-2] - ends[4]) / (len(ends) - 6)
+    return found
+
+
+def context_size(context: int, rounds: int) -> dict[str, Any]:
+    """Seconds and memory of a step of 4,096 tokens in rows of `context`, default model."""
+    from dataclasses import replace
+
+    from training_speed import MODELS, our_step, timed
+
+    from miniglm.training import keep_allocations
+
+    keep_allocations()
+    config = replace(MODELS["default"], max_position_embeddings=context)
+    ids = torch.randint(2, config.vocab_size, (4096 // context, context))
+    step = our_step(config, ids, ids.roll(-1, 1), "float32", muon=True)
+    step()
+    seconds = min(timed(step, 1, torch.device("cpu")) for _ in range(rounds))
+    return {"context": context, "step s": seconds, "MiB": peak()}
+
+
+def draw(sizes: list[dict[str, Any]], contexts: list[dict[str, Any]], path: Path) -> None:
+    """Both tables as curves."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
+    for name in ("prepare", "tokenize", "pretrain"):
+        left.loglog([r["MB"] for r in sizes], [r[f"{name} s"] for r in sizes], "o-", label=f"{name} s")
+    left.loglog([r["MB"] for r in sizes], [r["pretrain MiB"] for r in sizes], "s--", label="peak MiB")
+    left.set_xlabel("corpus, MB")
+    right.loglog([r["context"] for r in contexts], [r["step s"] for r in contexts], "o-", label="step s")
+    right.loglog([r["context"] for r in contexts], [r["MiB"] for r in contexts], "s--", label="peak MiB")
+    right.set_xlabel("context, tokens")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    options: argparse.ArgumentParser = parser(__doc__, rounds=3)
+    options.add_argument("--megabytes", type=float, nargs="*", default=[1, 10, 100, 1000])
+    options.add_argument("--contexts", type=int, nargs="*", default=[256, 512, 1024, 2048, 4096])
+    options.add_argument("--book", default="sanguo")
+    options.add_argument("--alone", choices=("corpus", "context"), help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.alone == "corpus":
+        print(json.dumps(corpus_size(given.book, given.megabytes[0])))
+        return
+    if given.alone == "context":
+        print(json.dumps(context_size(given.contexts[0], given.rounds)))
+        return
+
+    def alone(kind: str, option: str, value: float) -> dict[str, Any]:
+        settings = ["--alone", kind, option, str(value), "--book", given.book, "--rounds", str(given.rounds)]
+        command = [sys.executable, __file__, *settings]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ)
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    sizes = [alone("corpus", "--megabytes", value) for value in given.megabytes]
+    contexts = [alone("context", "--contexts", value) for value in given.contexts]
+    if sizes:
+        report("growth_corpus", "Growth of the corpus", sizes, given)
+    if contexts:
+        report("growth_context", "Growth of the context, 4,096 tokens a step", contexts, given)
+    picture = (given.json or ROOT / "benchmarks" / "results" / "growth.json").with_suffix(".png")
+    draw(sizes, contexts, picture)
+    print(picture)
+
+
+if __name__ == "__main__":
+    main()

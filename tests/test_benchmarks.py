@@ -1,0 +1,67 @@
+"""The benchmarks' own parts run, in miniature, so that they are not dead code where their machine is not at hand."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from running import ROOT
+
+from miniglm.model import ModelConfig
+
+TEXT = "".join(f"却说{a}{b}引兵{c}里，" for a in "曹刘孙袁" for b in "操备权绍" for c in "一二三四五六七八九十") * 4
+
+
+@pytest.fixture(autouse=True)
+def _beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+
+
+def test_the_gpu_job_runs_on_a_cpu_in_miniature() -> None:
+    from gpu_reference import our_way, their_way
+    from reference_model import Sizes
+
+    cpu, stages = torch.device("cpu"), [(30, 4), (20, 8)]
+    ours = our_way(TEXT, ModelConfig(320, 32, 64, 1, 2, 1, 16, 32), stages, cpu)
+    theirs = their_way(TEXT, Sizes(1, 2, 32, 32, 4), stages, cpu, vocabulary=2048)
+    for found in (ours, theirs):
+        assert 0 < found["bits"] < 8 and found["seconds"] > 0 and found["gigaflops"] > 0
+    assert ours["bits"] < theirs["bits"]  # it repeats itself: whoever learns faster is there sooner
+
+
+def test_the_reference_model_learns_and_samples() -> None:
+    from reference_model import ReferenceModel, Sizes, learning_rate
+
+    sizes = Sizes(1, 2, 32, 16, 4)
+    torch.manual_seed(0)
+    model = ReferenceModel(sizes, vocabulary=11)
+    ids = torch.arange(17).remainder(11)[None]
+    assert model.loss(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(11), abs=0.1)
+    optimizer = model.optimizer()
+    for _ in range(150):
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.loss(ids[:, :-1], ids[:, 1:]).item() < 0.2
+    assert model.sample(ids[:, :5], 30, temperature=0.1).shape == (1, 35)
+    assert learning_rate(sizes, 99, 1000) == sizes.learning_rate
+    assert learning_rate(sizes, 1000, 1000) == pytest.approx(sizes.learning_rate / 10)
+
+
+def test_rounds_are_paired_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from side_by_side import alternate, median_ratio, parser, report
+
+    order: list[str] = []
+    found = alternate({n: lambda n=n: float(order.append(n) or len(order)) for n in "ab"}, rounds=2)  # type: ignore[misc]
+    assert order == ["a", "b"] * 3 and found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
+    assert median_ratio([2.0, 9.0, 4.0], [1.0, 1.0, 1.0]) == 4.0
+    given = parser("x").parse_args(["--json", str(tmp_path / "out.json")])
+    report("x", "title", [{"": "one", "speed": 12.5}], given, more=1)
+    kept = json.loads((tmp_path / "out.json").read_text("utf-8"))
+    assert kept["rows"] == [{"": "one", "speed": 12.5}] and kept["more"] == 1 and kept["machine"]["threads"] >= 1
+    assert "12.5" in capsys.readouterr().out
