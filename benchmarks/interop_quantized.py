@@ -58,16 +58,21 @@ def of_gguf(file: Path, model: GLM, tokenizer: Tokenizer, examples: Sequence[Exa
             return json.loads(reply.read())
 
     nats, answers = [], []
+    (harmless,) = tokenizer.encode("!")
     context = model.config.max_position_embeddings
     for example in examples:
         ids, first = encode_reference(tokenizer, example, context)
         total = 0.0
         for at in range(first, len(ids)):
-            forced = [[ids[at], 1000.0]]
-            made = ask("/completion", prompt=ids[:at], n_predict=1, n_probs=1, logit_bias=forced)
+            # Nothing is told of a token that ends the answer or is part of a character: another is forced then, and all
+            # are read.
+            shown = tokenizer.decode([ids[at]])
+            whole = shown != "" and "\ufffd" not in shown
+            token, count = (ids[at], 1) if whole else (harmless, model.config.vocab_size)
+            made = ask("/completion", prompt=ids[:at], n_predict=1, n_probs=count, logit_bias=[[token, 1000.0]])
             (read,) = made["completion_probabilities"]
-            assert read["id"] == ids[at]
-            total -= read["logprob"]
+            told = {each["id"]: each["logprob"] for each in [*read["top_logprobs"], read]}
+            total -= told[ids[at]]
         nats.append((total, len(ids) - first))
         made = ask("/v1/chat/completions", messages=messages_of(example), max_tokens=context // 2)
         answers.append(made["choices"][0]["message"]["content"])
@@ -110,7 +115,7 @@ def of_onnx(file: Path, model: GLM, tokenizer: Tokenizer, examples: Sequence[Exa
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("run", type=Path)
-    arguments.add_argument("--limit", type=int, default=None, help="so many validation questions, evenly spread")
+    arguments.add_argument("--limit", type=int, default=200, help="so many validation questions, evenly spread")
     given = arguments.parse_args()
     model, tokenizer = load_model(find_model(given.run))
     examples = spread(read_examples(given.run / "qa" / "validation.jsonl").examples, given.limit)
