@@ -26,12 +26,12 @@ import torch
 from miniglm.chat import encode_reference, messages_of, prompt_of
 from miniglm.checkpoint import load_model
 from miniglm.evaluation.evaluate import spread
-from miniglm.evaluation.keys import holds_keys
 from miniglm.evaluation.scores import bootstrap_interval
 from miniglm.interop.export import FORMATS, export_model
 from miniglm.model import GLM
 from miniglm.pipeline import find_model
 from miniglm.qa.formats import Example, read_examples
+from miniglm.qa.keys import holds_keys
 from miniglm.tokenizer import Tokenizer
 
 

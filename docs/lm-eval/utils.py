@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from miniglm.evaluation.keys import holds_keys
 from miniglm.evaluation.scores import characters, rouge_l
 from miniglm.qa.formats import read_examples
+from miniglm.qa.keys import holds_keys
 from miniglm.qa.questions import normalize_question
 from miniglm.recipe import default_qa
 

@@ -50,7 +50,13 @@ class SamplingSettings:
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "应为不小于 0 的数"),
             ("top_k", self.top_k, self.top_k >= 0, "应不小于 0"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "应大于 0、不大于 1"),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "应为大于 0 的数"),
+            # further out, float32 logits overflow
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                1e-6 <= self.repetition_penalty <= 1e6,
+                "应在 1e-6 与 1e6 之间",
+            ),
         )
         for name, value, fits, expected in checks:
             if not fits:

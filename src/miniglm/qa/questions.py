@@ -25,8 +25,10 @@ def normalize_question(text: str) -> str:
         text = text.replace("?", "？")
     if not text or text.rstrip(_CLOSING).endswith(tuple(_TERMINAL)):
         return text
-    while text and (text[-1] in _DANGLING or text[-1].isspace()):
-        text = text[:-1]
+    end = len(text)
+    while end and (text[end - 1] in _DANGLING or text[end - 1].isspace()):
+        end -= 1
+    text = text[:end]
     if not text or text.rstrip(_CLOSING).endswith(tuple(_TERMINAL)):
         return text
     return text + ("？" if chinese else "?")

@@ -337,7 +337,7 @@ def _expected(error: Any) -> str:
     if isinstance(known.get("expected"), str):
         known["expected"] = known["expected"].replace("' or '", "', '")
     pattern: str = _EXPECTED.get(error["type"], error["msg"])
-    return pattern.format(**known)
+    return str(pattern.format(**known))
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:

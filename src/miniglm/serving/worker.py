@@ -233,9 +233,9 @@ class Worker:
             with self._change:
                 if not self._waiting:
                     return
-                request = self._waiting.popleft()
+                request = self._waiting[0]
                 key = batch.add(request.prompt, request.settings, logprobs=request.logprobs)
-                self._running[key] = request
+                self._running[key] = self._waiting.popleft()
             room -= min(len(request.prompt), self.context)
 
     def _deliver(self, events: Sequence[Event], finished: list[Request]) -> None:
