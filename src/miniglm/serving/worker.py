@@ -189,7 +189,7 @@ class Worker:
         while self._wait():
             finished = self._drop(batch)
             try:
-                self._admit(batch)
+                self._admit(batch, finished)
                 events = batch.step()
             except Exception as error:  # whatever it is: those who wait must hear of it, and the next must be served
                 for request in self._running.values():
@@ -227,15 +227,20 @@ class Worker:
             request._finish("cancelled")
         return finished
 
-    def _admit(self, batch: ContinuousBatch) -> None:
+    def _admit(self, batch: ContinuousBatch, finished: list[Request]) -> None:
         room = PREFILL_TOKENS
         while batch.free and room > 0:
             with self._change:
                 if not self._waiting:
                     return
-                request = self._waiting[0]
-                key = batch.add(request.prompt, request.settings, logprobs=request.logprobs)
-                self._running[key] = self._waiting.popleft()
+                request = self._waiting.popleft()
+                try:
+                    key = batch.add(request.prompt, request.settings, logprobs=request.logprobs)
+                except Exception as error:  # what it asks for cannot be begun: its own fault, not the others'
+                    request._finish(None, error)
+                    finished.append(request)
+                    continue
+                self._running[key] = request
             room -= min(len(request.prompt), self.context)
 
     def _deliver(self, events: Sequence[Event], finished: list[Request]) -> None:
