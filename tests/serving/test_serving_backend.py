@@ -93,6 +93,9 @@ def canned(answer: bytes) -> Iterator[str]:
                 with connection, contextlib.suppress(OSError):
                     connection.recv(65536)
                     connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):  # closing with something unread would reset the connection
+                        pass
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
