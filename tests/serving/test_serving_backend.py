@@ -91,8 +91,12 @@ def canned(answer: bytes) -> Iterator[str]:
                 except OSError:
                     return
                 with connection, contextlib.suppress(OSError):
+                    connection.settimeout(30)
                     connection.recv(65536)
                     connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
+                    while connection.recv(65536):  # closing before all is read would reset what was sent
+                        pass
                     connection.shutdown(socket.SHUT_WR)
                     while connection.recv(65536):  # closing with something unread would reset the connection
                         pass
