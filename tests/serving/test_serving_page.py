@@ -23,7 +23,10 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, 
 from report_sample import make_report
 
 from miniglm.chat import Message
+from miniglm.checkpoint import load_model
 from miniglm.qa.formats import read_examples
+from miniglm.serving.app import create_app
+from miniglm.serving.guards import State
 from miniglm.serving.page import Facts, SplitScore, facts_of, mount_page, unveiled, veiled
 from miniglm.serving.page_text import MESSAGES, TEXTS
 from miniglm.serving.service import LocalService, Options, Piece, Service, ServiceError
@@ -104,10 +107,7 @@ FACTS = Facts(
 class Site:
     """The page on a port of this machine, in a thread."""
 
-    def __init__(self, service: Service, feedback: Path | None, facts: Facts = FACTS, port: int = 0) -> None:
-        self.feedback = feedback
-        app = FastAPI()
-        mount_page(app, service, facts, feedback=feedback, limits=Limits(max_prompt_characters=500))
+    def __init__(self, app: FastAPI, port: int = 0) -> None:
         listener = socket.create_server(("127.0.0.1", port))
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
@@ -120,6 +120,13 @@ class Site:
     def close(self) -> None:
         self.server.should_exit = True
         self.thread.join()
+
+
+def page_over(service: Service, feedback: Path | None) -> FastAPI:
+    """An application that is the page and nothing else."""
+    app = FastAPI()
+    mount_page(app, service, FACTS, feedback=feedback, limits=Limits(max_prompt_characters=500))
+    return app
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +148,13 @@ def service() -> Scripted:
 
 
 @pytest.fixture(scope="module")
-def site(service: Scripted, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    started = Site(service, tmp_path_factory.mktemp("page") / "feedback.jsonl")
+def feedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("page") / "feedback.jsonl"
+
+
+@pytest.fixture(scope="module")
+def site(service: Scripted, feedback: Path) -> Iterator[Site]:
+    started = Site(page_over(service, feedback))
     yield started
     started.close()
 
@@ -443,7 +455,7 @@ def test_the_history_stays_in_the_browser(show: Windows, site: Site) -> None:
 
 
 def test_the_history_outlives_the_server(browser: Browser) -> None:
-    first = Site(Scripted(), None)
+    first = Site(page_over(Scripted(), None))
     context = browser.new_context(locale="zh-CN")
     context.set_default_timeout(PATIENCE)
     context.add_init_script(COUNT_WRITES)
@@ -455,7 +467,7 @@ def test_the_history_outlives_the_server(browser: Browser) -> None:
         page.goto("about:blank")
     finally:
         first.close()
-    second = Site(Scripted(), None, port=first.port)
+    second = Site(page_over(Scripted(), None), port=first.port)
     try:
         go(page, second.url)
         until(lambda: answers(page) == [ANSWER], page)
@@ -464,11 +476,8 @@ def test_the_history_outlives_the_server(browser: Browser) -> None:
         second.close()
 
 
-def test_ratings_are_noted_and_can_be_learnt_from(show: Windows, site: Site) -> None:
+def test_ratings_are_noted_and_can_be_learnt_from(show: Windows, feedback: Path) -> None:
     page = show()
-    path = site.feedback
-    assert path is not None
-    path.unlink(missing_ok=True)
     ask(page, "曹操是哪里人")
     under_the_last(page, "赞").click()
     expect(page.locator("#speed")).to_contain_text("已记下：赞", timeout=PATIENCE)
@@ -478,12 +487,12 @@ def test_ratings_are_noted_and_can_be_learnt_from(show: Windows, site: Site) -> 
     ask(page, "无话")
     under_the_last(page, "赞").click()
     expect(page.locator("#speed")).to_contain_text("没有记下", timeout=PATIENCE)
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in feedback.read_text("utf-8").splitlines()]
     assert [(row["question"], row["answer"], row["rating"]) for row in rows] == [
         ("曹操是哪里人？", ANSWER, "like"),
         ("写代码？", HTML, "dislike"),
     ]
-    assert [(e.question, e.answer) for e in read_examples(path).examples] == [("曹操是哪里人？", ANSWER)]
+    assert [(e.question, e.answer) for e in read_examples(feedback).examples] == [("曹操是哪里人？", ANSWER)]
 
 
 def test_settings_reach_the_model(show: Windows, service: Scripted) -> None:
@@ -655,11 +664,9 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
 
 
 def test_over_a_real_model(browser: Browser, model_folder: Path) -> None:
-    """From the page through the engine and back: what the page shows is what the API's own service says."""
-    from miniglm.checkpoint import load_model
-
+    """Through all guards, the page and the engine, and back: the page shows what the service says."""
     service = LocalService("small", *load_model(model_folder), Limits())
-    site = Site(service, None, facts_of(model_folder, name="small"))
+    site = Site(create_app(service, Limits(), State(), run=model_folder))
     context = browser.new_context(locale="zh-CN")
     context.set_default_timeout(PATIENCE)
     context.add_init_script(COUNT_WRITES)
@@ -675,6 +682,10 @@ def test_over_a_real_model(browser: Browser, model_folder: Path) -> None:
         with ThreadPoolExecutor() as pool:  # playwright's own loop runs in this thread
             said = pool.submit(asyncio.run, expected()).result()
         assert said and answers(page)[0].split() == said.split()
+        under_the_last(page, "赞").click()
+        expect(page.locator("#speed")).to_contain_text("已记下：赞", timeout=PATIENCE)
+        assert read_examples(model_folder / "feedback.jsonl").examples[0].question == "长江？"
+        (model_folder / "feedback.jsonl").unlink()
     finally:
         context.close()
         site.close()
