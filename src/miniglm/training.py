@@ -348,7 +348,7 @@ def train(
                 warn(f"第 {step} 步跳过：{fault}")
             returned = guard.must_return
             if returned:
-                go_back(f"连续 {guard.skipped} 步不能用", row)
+                go_back(f"连续 {guard.skipped} 步不能用（{fault}）", row)
             over = fraction() >= 1.0
             stopping = asked_to_stop()
             due = (
