@@ -205,10 +205,15 @@ class Mismatched(Batches):
 
 
 @pytest.mark.parametrize(
-    "size", [(500, 64, 192, 2, 4, 2, 16), (500, 192, 512, 4, 3, 3, 64), (4608, 256, 704, 4, 4, 2, 64)]
+    "config",
+    [
+        ModelConfig(500, 64, 192, 2, 4, 2, 16, 128),
+        ModelConfig(500, 192, 512, 4, 3, 3, 64, 128),
+        ModelConfig(4608, 256, 704, 4, 4, 2, 64, 128),
+    ],
 )
-def test_the_estimate_of_a_row_is_near_what_autograd_keeps(size: tuple[int, ...]) -> None:
-    made = GLM(ModelConfig(*size, 128), dropout=0.1).initialize(1)
+def test_the_estimate_of_a_row_is_near_what_autograd_keeps(config: ModelConfig) -> None:
+    made = GLM(config, dropout=0.1).initialize(1)
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -217,7 +222,7 @@ def test_the_estimate_of_a_row_is_near_what_autograd_keeps(size: tuple[int, ...]
         return tensor
 
     weights = {p.untyped_storage().data_ptr() for p in made.parameters()}
-    ids = torch.randint(0, size[0], (1, 128))
+    ids = torch.randint(0, config.vocab_size, (1, 128))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = made.loss(ids, ids)
     counted = sum(n for at, n in kept.items() if at not in weights)

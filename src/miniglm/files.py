@@ -58,11 +58,7 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[BinaryIO
         if previous is not None and previous.exists() and not path.exists():
             with contextlib.suppress(OSError):
                 previous.replace(path)
-        raise MiniGLMError(
-            f"写不了文件：新内容写不进去（{error.strerror or error}），原来的内容没有动",
-            path=path,
-            fix="请检查磁盘空间和文件夹的写权限",
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -72,6 +68,28 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write `content` to `path`, text as UTF-8, whole or not at all (see `written_whole`)."""
     with written_whole(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line at the end of a file, for good as far as this process is concerned. Killed meanwhile, it may leave
+    the beginning of the line: whoever reads such a file passes over a last line without an end.
+
+    Raises:
+        MiniGLMError: the file cannot be written to, or the disk is full.
+    """
+    try:
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode() + b"\n")
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> MiniGLMError:
+    return MiniGLMError(
+        f"写不了文件：新内容写不进去（{error.strerror or error}），原来的内容没有动",
+        path=path,
+        fix="请检查磁盘空间和文件夹的写权限",
+    )
 
 
 def _keep_names(folder: Path) -> None:

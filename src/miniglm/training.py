@@ -34,7 +34,7 @@ from miniglm.checkpoint import (
 )
 from miniglm.dataset import Batch, Batches
 from miniglm.errors import MiniGLMError
-from miniglm.files import write_whole
+from miniglm.files import append_line, write_whole
 from miniglm.guard import Guard, is_out_of_memory, memory_explained, release_memory, smaller_micro_batch
 from miniglm.model import GLM
 from miniglm.optimizer import build_optimizers, learning_rate_factor, set_learning_rate
@@ -277,8 +277,7 @@ def train(
         save_state(state_path, everything, meta)
 
     def log(row: dict[str, Any]) -> None:
-        with metrics_path.open("a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_line(metrics_path, json.dumps(row, ensure_ascii=False))
 
     def go_back(reason: str, row: dict[str, Any]) -> None:
         """To the weights of the last saved state. The step goes on: the rows that did the harm do not come again."""

@@ -6,9 +6,10 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from test_corpus_reading import make_epub, rewritten
+from epubs import make_epub, rewritten
 
 from miniglm.corpus import reading
 from miniglm.errors import MiniGLMError
@@ -53,7 +54,7 @@ def test_bombs_end_within_a_limit_of_memory(good: Path) -> None:
     manifest = opf.replace("</manifest>", items + "</manifest>")
     long = f"<p>{'某' * (reading.MAX_DOCUMENT_BYTES // 3 - 10)}</p>"
     deep = "<div>" * (reading.MAX_DOCUMENT_BYTES // 5 - 100)
-    made = {
+    made: dict[str, dict[str, Any]] = {
         "laughs": {"EPUB/content.opf": laughs},
         "laughs16": {"EPUB/content.opf": laughs.replace("utf-8", "utf-16").encode("utf-16")},
         "renamed": {

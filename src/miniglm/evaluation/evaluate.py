@@ -30,6 +30,7 @@ from miniglm.evaluation.report import write_page
 from miniglm.evaluation.scores import CopyIndex, bootstrap_interval, characters, ratio_interval, rouge_l
 from miniglm.evaluation.summary import Said, interval, leak_report, missing_extras, split_report
 from miniglm.files import (
+    append_line,
     clean_temporaries,
     file_digest,
     keep_dated,
@@ -262,8 +263,7 @@ class _Journal:
         """Keeps answers for good."""
         rows = [[n, s.answers, s.reasons, s.nats, s.tokens] for n, s in zip(numbers, said, strict=True)]
         line = {"part": part, "seconds": seconds, "rows": rows}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(sealed(line), ensure_ascii=False) + "\n")
+        append_line(self._path, json.dumps(sealed(line), ensure_ascii=False))
         self._take(line)
 
 
