@@ -36,7 +36,9 @@ def main() -> None:
     subprocess.run([str(tools / "cyclonedx-py"), "requirements", str(LOCK), "-o", str(bill)], check=True)
     print(f"bill of materials: {len(json.loads(bill.read_text('utf-8'))['components'])} components")
     probe = folder / "one.txt"  # one package first, before a database that does not answer is asked for all of them
-    probe.write_text(next(line for line in LOCK.read_text("utf-8").splitlines() if line.startswith("pillow==")), "utf-8")
+    probe.write_text(
+        next(line for line in LOCK.read_text("utf-8").splitlines() if line.startswith("pillow==")), "utf-8"
+    )
     found = audited(tools, probe, folder / "one.json") and audited(tools, LOCK, folder / "audit.json")
     if found is None:
         print("vulnerabilities: the database cannot be reached from here, nothing was looked up")

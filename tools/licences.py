@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK, PAGE = ROOT / "requirements.lock", ROOT / "docs" / "licences.md"
 ELSEWHERE = {
+    "rouge-chinese": "Apache-2.0",
     "audioop-lts": "PSF-2.0",
     "colorama": "BSD-3-Clause",
     "tzdata": "Apache-2.0",

@@ -200,7 +200,7 @@ class Bench:
     def __init__(self, scratch: Path, seed: int) -> None:
         self.scratch, self.random = scratch, random.Random(seed)
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self.context = multiprocessing.get_context(method)
+        self.context: Any = multiprocessing.get_context(method)  # typeshed's contexts have no common base with Process
         if method == "forkserver":
             self.context.set_forkserver_preload(
                 ["miniglm.cli", "miniglm.pipeline", "miniglm.evaluation.pictures", "matplotlib.pyplot"]
@@ -250,7 +250,7 @@ class Bench:
             process = self.start(verb, run)
             last = number == kills
             if not last:
-                moment = self.random.uniform(0, known.seconds[name])
+                moment = self.random.uniform(0, 0.8 * known.seconds[name])  # machines have their moods
                 process.join(moment)
                 if self.random.random() < 0.5:  # right in a write
                     until = time.monotonic() + known.seconds[name]
