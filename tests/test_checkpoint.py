@@ -210,12 +210,15 @@ def test_a_run_folder_is_marked_and_nothing_else_is_taken_for_one(tmp_path: Path
     RunFolder(tmp_path / "new").create_or_open()
     (tmp_path / "new" / ".miniglm-tmp-killed").write_text("half")
     RunFolder(tmp_path / "new").create_or_open()
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["run.json"]
+    assert {p.name for p in (tmp_path / "new").iterdir()} == {"run.json", "run.lock", "run.lock.json"}
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
     with pytest.raises(MiniGLMError, match="不是 miniGLM 的运行目录"):
         RunFolder(tmp_path / "photos").create_or_open()
     assert (tmp_path / "photos" / "cat.jpg").read_text() == "cat"
+    (tmp_path / "photos" / "cat.jpg").unlink()
+    (tmp_path / "photos" / "run.lock").write_text("")  # killed before the mark was written
+    RunFolder(tmp_path / "photos").create_or_open()
     (tmp_path / "new" / "run.json").write_text('{"format": 7, "miniglm": "9.9"}')
     with pytest.raises(MiniGLMError, match=r"7.*9\.9"):
         RunFolder(tmp_path / "new").create_or_open()

@@ -1,16 +1,18 @@
 """What is saved: the model folder (a Hugging Face folder), the resumable state, the run folder's mark.
 
 safetensors and JSON only, never a pickle. Every file is written under a temporary name and renamed, so a run killed
-at any moment leaves each file as it was or as it should be.
+at any moment leaves each file as it was or as it should be. A safetensors file holds the checksum of itself in its
+metadata, so weights and checksum change in the same rename; the state before the last one is kept beside it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,17 @@ from torch.optim import Optimizer
 
 from miniglm import __version__
 from miniglm.errors import MiniGLMError
-from miniglm.files import TEMPORARY, clean_temporaries, write_whole
+from miniglm.files import (
+    CHECKSUM,
+    TEMPORARY,
+    clean_temporaries,
+    file_digest,
+    read_json,
+    write_json,
+    write_whole,
+    written_whole,
+)
+from miniglm.locking import HOLDER, LOCK, hold
 from miniglm.model import GLM, ModelConfig
 from miniglm.tokenizer import Tokenizer
 
@@ -29,6 +41,10 @@ FORMAT = 1
 """Number of the run folder's and the state's layout; another number is not read."""
 MAX_HEADER = 100 * 2**20
 """safetensors' own bound on its header, bytes."""
+CHUNK = 2**20
+INCOMPLETE = "这个目录不完整，请重新训练或复制完整的目录"
+DESCRIBING = ("config.json", "tokenizer.json")
+"""Files of a model folder without which its weights mean something else; the weights' metadata has their checksums."""
 
 
 MAX_SHARD = 5 * 10**9
@@ -51,7 +67,14 @@ def save_model(
     Args:
         dtype: of the weights in the files.
         max_shard: bytes that one of them may have.
+
+    Raises:
+        MiniGLMError: a weight is not finite (nothing is written then), or the folder cannot be written to.
     """
+    if not all_finite(model.parameters()):
+        raise MiniGLMError(
+            "模型的权重里有 NaN 或无穷大，不保存", path=folder, fix="把学习率减半，换一个 --out 重新训练"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -78,7 +101,9 @@ def save_model(
 def save_weights(
     folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, max_shard: int = MAX_SHARD
 ) -> None:
-    """Writes the weights of a model folder, in one file or in several with an index."""
+    """Writes the weights of a model folder, in one file or in several with an index; the other files are there."""
+    described = {name: file_digest(folder / name, text=True) for name in DESCRIBING}
+    metadata = {"format": "pt", "files": json.dumps(described)}
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
     for name, tensor in tensors.items():
@@ -94,7 +119,7 @@ def save_weights(
         names = [WEIGHTS]
     for name, shard in zip(names, shards, strict=True):
         on_cpu = {key: tensor.to("cpu", dtype).contiguous() for key, tensor in shard.items()}
-        write_whole(folder / name, safetensors.torch.save(on_cpu, metadata={"format": "pt"}))
+        write_safetensors(folder / name, on_cpu, metadata)
     if len(shards) > 1:
         owners = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         index = {"metadata": {"total_size": total}, "weight_map": owners}
@@ -111,7 +136,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return [folder / WEIGHTS]
-    owners = _read_json(folder / INDEX).get("weight_map")
+    owners = read_json(folder / INDEX, fix=INCOMPLETE).get("weight_map")
     names = (
         set(owners.values()) if isinstance(owners, dict) and all(isinstance(v, str) for v in owners.values()) else ()
     )
@@ -124,28 +149,53 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise MiniGLMError("缺少这个文件", path=path, fix="这个目录不完整，请重新训练或复制完整的目录") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise MiniGLMError(
-            f"读不了，应为 JSON（{error}）", path=path, fix="文件损坏，请重新训练或复制完整的目录"
-        ) from None
-    if not isinstance(content, dict):
-        raise MiniGLMError("应为一个 JSON 对象", path=path, fix="文件损坏，请重新训练或复制完整的目录")
-    return content
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether there is no NaN and no infinity in them. A sum of finite weights is finite; one pass, no array made."""
+    return all(bool(torch.isfinite(tensor.detach().float().sum())) for tensor in tensors)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], previous: Path | None = None
+) -> None:
+    """A safetensors file, whole or not at all, with its own checksum in its metadata.
+
+    Args:
+        previous: the name that the file it replaces takes (see `files.written_whole`).
+    """
+    content = memoryview(safetensors.torch.save(dict(tensors), metadata=dict(metadata)))
+    length = struct.unpack("<Q", content[:8])[0]
+    header, data = json.loads(bytes(content[8 : 8 + length])), content[8 + length :]
+    header["__metadata__"][CHECKSUM] = _seal(header, [data])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with written_whole(path, previous) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(data)
+
+
+def _seal(header: Mapping[str, Any], chunks: Iterable[bytes | memoryview]) -> str:
+    """SHA-256 of a safetensors header less the checksum in it, and of the data."""
+    metadata = {key: value for key, value in header["__metadata__"].items() if key != CHECKSUM}
+    found = hashlib.sha256(json.dumps(dict(header) | {"__metadata__": metadata}, sort_keys=True).encode())
+    for chunk in chunks:
+        found.update(chunk)
+    return found.hexdigest()
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file, its header checked against the file's size before anything is read.
+    """Tensors and metadata of a safetensors file, its header checked against the file's size before anything is read,
+    and all of it against the checksum, if it has one (files of other programs have none).
 
     Raises:
-        MiniGLMError: missing, cut short, or not such a file.
+        MiniGLMError: missing, cut short, changed, or not such a file.
     """
     _, metadata = read_header(path)
     try:
+        if CHECKSUM in metadata:
+            with path.open("rb") as file:
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+                if metadata[CHECKSUM] != _seal(header, iter(lambda: file.read(CHUNK), b"")):
+                    raise MiniGLMError("文件损坏：内容与写好时的校验和不符", path=path, fix=BROKEN)
         return safetensors.torch.load_file(path), metadata
     except (OSError, safetensors.SafetensorError, ValueError, KeyError) as error:
         raise MiniGLMError(f"不是有效的 safetensors 文件（{error}）", path=path, fix=BROKEN) from None
@@ -176,7 +226,7 @@ def read_header(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
             )
         return {name: list(entry["shape"]) for name, entry in header.items()}, metadata
     except FileNotFoundError:
-        raise MiniGLMError("缺少这个文件", path=path, fix="这个目录不完整，请重新训练或复制完整的目录") from None
+        raise MiniGLMError("缺少这个文件", path=path, fix=INCOMPLETE) from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise MiniGLMError(f"不是有效的 safetensors 文件（{error}）", path=path, fix=BROKEN) from None
 
@@ -190,7 +240,7 @@ def read_config(folder: Path) -> ModelConfig:
     if not folder.is_dir():
         raise MiniGLMError("没有这个模型目录", path=folder)
     try:
-        return ModelConfig.from_hf(_read_json(folder / "config.json"))
+        return ModelConfig.from_hf(read_json(folder / "config.json", fix=INCOMPLETE))
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise MiniGLMError(f"不是能用的 GLM 配置：{error}", path=folder / "config.json") from None
 
@@ -204,7 +254,9 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     Raises:
         MiniGLMError: a missing, cut or contradictory file; the text names it.
     """
-    if folder.is_dir() and _read_json(folder / "config.json").get("model_type") == "gpt2":  # converted, see there
+    if (
+        folder.is_dir() and read_json(folder / "config.json", fix=INCOMPLETE).get("model_type") == "gpt2"
+    ):  # converted, see there
         from miniglm.interop.gpt2 import load_gpt2
 
         return load_gpt2(folder, device, dtype)
@@ -239,6 +291,9 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
             if shapes[name] != list(parameters[name].shape):
                 is_not = f"是 {tuple(shapes[name])}，应为 {tuple(parameters[name].shape)}"
                 raise MiniGLMError(f"张量 {name} {is_not}", path=file, fix=mismatch)
+    for name, digest in json.loads(read_header(files[0])[1].get("files", "{}")).items():
+        if name in DESCRIBING and file_digest(folder / name, text=True) != digest:
+            raise MiniGLMError("内容与保存模型时的校验和不符", path=folder / name, fix=INCOMPLETE)
     model = model.to_empty(device=device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -258,10 +313,40 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """One safetensors file that holds everything resuming needs, `meta` as JSON in its metadata."""
+    """One safetensors file that holds everything resuming needs, `meta` as JSON in its metadata. The state that was
+    there stays as `previous_state(path)`."""
     flat = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"format": FORMAT} | dict(meta))
-    write_whole(path, safetensors.torch.save(flat, metadata={"miniglm": text}))
+    write_safetensors(path, flat, {"miniglm": text}, previous_state(path))
+
+
+def previous_state(path: Path) -> Path:
+    """Where the state before the last one is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def load_last_state(path: Path, warn: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The last state that is whole: the one at `path`, or the one before it; None where there is neither. A damaged
+    one is moved aside, so that it does not become the one before the last.
+
+    Args:
+        warn: told, in a line, that the last state is damaged and the one before it is used.
+
+    Raises:
+        MiniGLMError: what is there is damaged.
+    """
+    previous = previous_state(path)
+    if not path.exists():
+        return load_state(previous) if previous.exists() else None
+    try:
+        return load_state(path)
+    except MiniGLMError as error:
+        if not previous.exists():
+            raise
+        found = load_state(previous)
+        path.replace(path.with_name(f"{path.stem}.damaged{path.suffix}"))
+        warn(f"{error.path}：{error.what}；改用它前面的一个状态（第 {found[1].get('step')} 步）")
+        return found
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -340,7 +425,7 @@ def restore_rng(tensors: Mapping[str, Tensor]) -> None:
 
 
 class RunFolder:
-    """A folder that holds one run, marked by run.json."""
+    """A folder that holds one run, marked by run.json. Open, it belongs to this process until this object is gone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -352,13 +437,14 @@ class RunFolder:
         """Makes or opens the folder.
 
         Raises:
-            MiniGLMError: something else is there, or a run of another version.
+            MiniGLMError: something else is there, a run of another version, or another process works on it.
         """
         mark = self.path / "run.json"
         if self.path.exists() and not self.path.is_dir():
             raise MiniGLMError("这是一个文件，应为运行目录", path=self.path, fix="换一个 --out")
         if not mark.exists():
-            if self.path.exists() and any(not p.name.startswith(TEMPORARY) for p in self.path.iterdir()):
+            ours = (TEMPORARY, LOCK, HOLDER)  # of a process killed before it could write the mark
+            if self.path.exists() and any(not p.name.startswith(ours) for p in self.path.iterdir()):
                 raise MiniGLMError(
                     "不是 miniGLM 的运行目录（里面有别的文件）", path=self.path, fix="换一个空的或新的 --out"
                 )
@@ -366,13 +452,20 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise MiniGLMError(f"建不了这个目录（{error.strerror}）", path=self.path, fix="换一个 --out") from None
-            write_whole(mark, json.dumps({"format": FORMAT, "miniglm": __version__}) + "\n")
-        found = _read_json(mark)
-        if found.get("format") != FORMAT:
-            raise MiniGLMError(
-                f"运行目录的格式是 {found.get('format')!r}（miniglm {found.get('miniglm', '?')} 所做），这个版本只认 {FORMAT}",
-                path=mark,
-                fix="换一个 --out，或用那个版本打开",
-            )
+        else:
+            _check_format(mark)  # a run of another version is not touched, not even by a lock
+        self.lock = hold(self.path)
+        if not mark.exists():
+            write_json(mark, {"format": FORMAT, "miniglm": __version__}, indent=None)
         with contextlib.suppress(OSError):
             clean_temporaries(self.path)
+
+
+def _check_format(mark: Path) -> None:
+    found = read_json(mark, fix="换一个 --out，或从别的运行目录复制这个文件")
+    if found.get("format") != FORMAT:
+        raise MiniGLMError(
+            f"运行目录的格式是 {found.get('format')!r}（miniglm {found.get('miniglm', '?')} 所做），这个版本只认 {FORMAT}",
+            path=mark,
+            fix="换一个 --out，或用那个版本打开",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -931,18 +932,39 @@ def _version(version: Annotated[bool, typer.Option("--version", help="版本")] 
 
 
 def main() -> None:
-    """Entry point: a user's fault is one line on stderr and exit code 1, a stop by the user exit code 130."""
+    """Entry point: a user's fault is one line on stderr and exit code 1; a stop by Ctrl-C is exit code 130, by SIGTERM
+    143, whatever was going on."""
     for stream in (sys.stdout, sys.stderr):  # a Windows console may be set to an encoding without Chinese
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    stopped = signal.SIGINT
+
+    def terminate(number: int, frame: object) -> None:
+        """SIGTERM outside of training is a Ctrl-C with another exit code: what is half written is cleared away."""
+        nonlocal stopped
+        stopped = signal.SIGTERM
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        _run()
+    except KeyboardInterrupt:
+        pass
+    except SystemExit as end:
+        if end.code != 130:
+            raise
+    else:
+        return
+    sys.exit(128 + stopped)
+
+
+def _run() -> None:
     try:
         app()
     except MiniGLMError as error:
         print(f"错误：{error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("\n已停止。", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone (miniglm … | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -951,7 +973,7 @@ def main() -> None:
         if type(error).__name__ != "Interrupted":
             raise
         print("已保存，再运行同一条命令就会接着做。", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + getattr(error, "signal", signal.SIGINT))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ missing before it and says what it skipped.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from array import array
@@ -37,7 +36,7 @@ from miniglm.evaluation.evaluate import Part, Settings, Subject, Text
 from miniglm.evaluation.evaluate import evaluate as write_report
 from miniglm.evaluation.measure import bits_per_character
 from miniglm.evaluation.pictures import draw_losses
-from miniglm.files import write_whole
+from miniglm.files import check_digests, file_digests, keep_dated, read_json, write_json, write_whole
 from miniglm.locate import find_model as find_model
 from miniglm.locate import pick_device as pick_device
 from miniglm.model import GLM
@@ -64,6 +63,8 @@ TITLES = {"prepare": "语料和问答", "tokenize": "分词", "pretrain": "预�
 EVALUATION_ROWS = 32
 ENCODED_AT_ONCE = 2**20
 """Characters of a corpus that are encoded at once."""
+WHOLE = {"prepare": ("corpus", "qa"), "tokenize": ("tokens",)}
+"""Of the stages that write data: their folders, each with the checksums of its files in the last one written."""
 
 
 class Run:
@@ -92,20 +93,33 @@ class Run:
         self.told: set[str] = set()
 
     def skip(self, stage: str) -> None:
-        """Says once that a stage is done already, unless this very process did it."""
+        """Says once that a stage is done already, unless this very process did it.
+
+        Raises:
+            MiniGLMError: a file that it wrote has changed since.
+        """
         if stage not in self.told:
             self.told.add(stage)
+            for name in WHOLE.get(stage, ()):
+                folder = self.path / name
+                fix = f"删去 {folder} 再运行，会重新做出来"
+                mark = read_json(folder / ("meta.json" if name == "tokens" else "summary.json"), fix=fix)
+                check_digests(folder, mark.get("files", {}), fix=fix)
             say(f"{TITLES[stage]}已完成，跳过")
 
     def note(self, **facts: Any) -> None:
         """Adds facts to results.json."""
-        path = self.path / "results.json"
-        write_whole(path, json.dumps(self.results() | facts, ensure_ascii=False, indent=2) + "\n")
+        write_json(self.path / "results.json", self.results() | facts)
 
     def results(self) -> dict[str, Any]:
+        """What results.json says. Nothing depends on it: a damaged one is kept under a dated name."""
         path = self.path / "results.json"
-        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return found
+        try:
+            return read_json(path, fix="") if path.exists() else {}
+        except MiniGLMError as error:
+            say(f"{error.path}：{error.what}；改名留着，重新记")
+            keep_dated(path)
+            return {}
 
     def note_stage(self, name: str, seconds: float) -> None:
         """Remembers how long a stage took, in seconds; `skip` is then silent about it."""
@@ -172,7 +186,7 @@ def prepare(run: Run) -> None:
     for name, examples in sets.items():
         write_jsonl(qa / f"{name}.jsonl", [to_row(example) for example in examples])
     write_corpus(books, parts, corpus)
-    write_whole(qa / "summary.json", json.dumps(counts, ensure_ascii=False, indent=2) + "\n")
+    write_json(qa / "summary.json", counts | {"files": file_digests(qa, [f"{name}.jsonl" for name in sets])})
     run.note_stage("prepare", time.monotonic() - begun)
     say(
         f"训练 {len(parts.train):,} 段、验证 {len(parts.validation):,} 段（{parts.duplicates_moved} 段因与训练部分重复移回训练）；"
@@ -274,7 +288,8 @@ def tokenize(run: Run) -> None:
         write_pairs(tokens / f"pairs_{name}.npz", encoded)
         meta[f"{name}_pairs"] = len(encoded)
         meta[f"{name}_answer_characters"] = sum(len(turn.answer) for e in pairs[name] for turn in e.turns)
-    write_whole(tokens / "meta.json", json.dumps(meta, indent=2) + "\n")
+    names = [f"{name}.npy" for name in text] + [f"pairs_{name}.npz" for name in text]
+    write_json(tokens / "meta.json", meta | {"files": file_digests(tokens, [*names, "../tokenizer/tokenizer.json"])})
     run.note_stage("tokenize", time.monotonic() - begun)
     per_character = meta["validation_tokens"] / max(1, meta["validation_characters"])
     say(f"词表 {tokenizer.vocab_size:,}，每字 {per_character:.2f} 个 token，训练部分 {meta['train_tokens']:,} 个 token")
@@ -282,8 +297,15 @@ def tokenize(run: Run) -> None:
 
 def token_meta(run: Run) -> dict[str, Any]:
     """Counts of the run's token arrays."""
-    meta: dict[str, Any] = json.loads((run.path / "tokens" / "meta.json").read_text("utf-8"))
-    return meta
+    return read_json(run.path / "tokens" / "meta.json", fix=f"删去 {run.path / 'tokens'} 再运行，会重新做出来")
+
+
+def _read_plan(path: Path) -> Plan:
+    fix = "换一个 --out 重新训练；已有的 model 目录不受影响"
+    try:
+        return Plan.from_json(read_json(path, fix=fix))
+    except (ValueError, LookupError, TypeError) as error:
+        raise MiniGLMError(f"不是这个版本的训练计划（{error}）", path=path, fix=fix) from None
 
 
 def make_plan(run: Run, seconds: float | None = None) -> Plan:
@@ -297,7 +319,7 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     meta = token_meta(run)
     if seconds is None and run.recipe.run.minutes is not None:
         seconds = 60 * run.recipe.run.minutes * 0.9
-    known = Plan.from_json(json.loads(path.read_text("utf-8"))) if path.exists() else None
+    known = _read_plan(path) if path.exists() else None
     if known is not None and known.recipe_lengths == lengths(run.recipe):
         return known
     precision = known.pretrain.precision if known is not None else choose_precision(run.device)
@@ -315,7 +337,7 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     )
     if known is not None:  # the weights on disk keep their sizes
         made = replace(made, model=known.model, context=known.context, dropout=known.dropout)
-    write_whole(path, json.dumps(made.to_json(), indent=2) + "\n")
+    write_json(path, made.to_json())
     say(
         f"这台机器矩阵乘法 {made.gigaflops:,.0f} GFLOP/s（{run.device.type}）；模型 {made.model.num_hidden_layers} 层、"
         f"宽 {made.model.hidden_size}、{made.model.num_parameters / 1e6:.1f} 百万参数，上下文 {made.context}"
@@ -354,8 +376,9 @@ def train_stage(
             save_best=save_best,
             on_progress=bar,
             on_evaluation=draw,
+            warn=say,
         )
-    write_whole(folder / "done.json", json.dumps(asdict(result), indent=2) + "\n")
+    write_json(folder / "done.json", asdict(result))
     draw()
     run.note_stage(name, result.elapsed)
     say(
@@ -540,9 +563,9 @@ def read_report(path: Path) -> dict[str, Any]:
     if file is None:
         raise MiniGLMError("这里没有评测报告", path=path, fix=f"先运行 miniglm evaluate {path}")
     try:
-        report: dict[str, Any] = json.loads(file.read_text("utf-8-sig"))
+        report = read_json(file, fix="")
         form = report["format"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (MiniGLMError, KeyError):
         raise MiniGLMError("不是完整的评测报告", path=file, fix="请重新运行 miniglm evaluate") from None
     if form != REPORT_FORMAT:
         raise MiniGLMError(f"评测报告的格式是 {form}，这个版本只认 {REPORT_FORMAT}", path=file, fix="请重新评测")

@@ -24,16 +24,18 @@ from typing import Any
 import torch
 
 from miniglm.checkpoint import (
-    load_state,
+    all_finite,
+    load_last_state,
     optimizer_tensors,
     restore_optimizers,
     restore_rng,
     rng_tensors,
     save_state,
 )
-from miniglm.dataset import Batches
+from miniglm.dataset import Batch, Batches
 from miniglm.errors import MiniGLMError
-from miniglm.files import write_whole
+from miniglm.files import append_line, write_whole
+from miniglm.guard import Guard, is_out_of_memory, memory_explained, release_memory, smaller_micro_batch
 from miniglm.model import GLM
 from miniglm.optimizer import build_optimizers, learning_rate_factor, set_learning_rate
 
@@ -43,7 +45,15 @@ EVALUATIONS = 8
 
 
 class Interrupted(Exception):
-    """The user asked to stop; the state is saved and the same command goes on from it."""
+    """The user asked to stop; the state is saved and the same command goes on from it.
+
+    Args:
+        signal: what asked, which makes the exit code.
+    """
+
+    def __init__(self, signal: int = signal.SIGINT) -> None:
+        super().__init__()
+        self.signal = signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +121,32 @@ def keep_allocations() -> None:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a question to be asked between steps, so that no update is cut in half;
-    the second one raises KeyboardInterrupt at once."""
-    asked = False
+def stop_signal() -> Iterator[Callable[[], int]]:
+    """Turns the first Ctrl-C or SIGTERM into a question to be asked between steps, so that no update is cut in half:
+    the signal's number, or 0. The second one does at once what it did before, and so does, when the block has ended
+    well, a first one that nobody asked about any more."""
+    asked = 0
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         if asked:
-            raise KeyboardInterrupt
-        asked = True
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+        asked = number
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous: dict[int, Any] = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for number in previous:
+            signal.signal(number, handler)
         yield lambda: asked
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+    if asked:
+        signal.raise_signal(asked)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -143,11 +159,24 @@ def _drop_later_metrics(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text("utf-8").splitlines():
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # cut short or damaged
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+                kept.append(line + b"\n")
+    write_whole(path, b"".join(kept))
+
+
+def _gradients(model: GLM, batches: Batches, step: int, micros: int, precision: str) -> tuple[float, list[Batch]]:
+    """Adds up the gradients of step `step`, in `micros` parts: the loss a target, and the parts."""
+    parts = [batches.batch(step, micro, micros).to(model.device) for micro in range(micros)]
+    targets = sum(part.targets for part in parts)
+    total = 0.0
+    for part in parts:
+        with autocast(model.device, precision):
+            loss, _ = model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)
+        (loss / targets).backward()  # type: ignore[no-untyped-call]
+        total += loss.item() / targets
+    return total, parts
 
 
 def train(
@@ -160,6 +189,7 @@ def train(
     save_best: Callable[[dict[str, float]], None],
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_evaluation: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
     """Trains until the stage's steps or minutes are over, from where `folder` says it was.
 
@@ -167,10 +197,12 @@ def train(
         evaluate: scores of the model as it is; `score` is what is minimised.
         save_best: called when `score` is the lowest so far.
         on_evaluation: called after each validation, with all numbers on disk (to redraw the picture).
+        warn: told what the user should know of: a skipped step, a return to a saved state, less memory than wanted.
 
     Raises:
         Interrupted: the user asked to stop; the state is saved.
-        MiniGLMError: the loss is not finite eight times in a row.
+        MiniGLMError: losses or gradients stay impossible (see guard.py), a row does not fit into memory, or the
+            saved states are damaged.
     """
     if (stage.steps is None) == (stage.minutes is None):
         raise ValueError("a stage ends by steps or by minutes: give exactly one")
@@ -193,8 +225,10 @@ def train(
     best: dict[str, float] = {}
     scores: dict[str, float] = {}
     finished = False
-    if state_path.exists():
-        tensors, meta = load_state(state_path)
+    guard = Guard()
+
+    def restore(tensors: dict[str, torch.Tensor], meta: dict[str, Any]) -> None:
+        """Weights, optimizers and random numbers as they were saved."""
 
         def section(prefix: str) -> dict[str, torch.Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -206,12 +240,13 @@ def train(
         with torch.no_grad():
             for name, parameter in weights.items():
                 parameter.copy_(saved[name])
-        restore_optimizers(
-            optimizers,
-            section("optimizer::"),
-            meta["optimizers"],
-        )
+        restore_optimizers(optimizers, section("optimizer::"), meta["optimizers"])
         restore_rng(section("rng::"))
+
+    last = load_last_state(state_path, warn)
+    if last is not None:
+        restore(*last)
+        meta = last[1]
         step, elapsed, tokens = meta["step"], meta["elapsed"], meta["tokens"]
         evaluations, since_best, best, finished = (
             meta["evaluations"],
@@ -220,6 +255,7 @@ def train(
             meta["finished"],
         )
         scores = meta["scores"]
+        guard = Guard(meta.get("guard"))
     _drop_later_metrics(metrics_path, step)
 
     def save(finished: bool = False) -> None:
@@ -237,34 +273,61 @@ def train(
             "scores": scores,
             "finished": finished,
             "optimizers": groups,
+            "guard": guard.to_json(),
         }
         save_state(state_path, everything, meta)
+
+    def log(row: dict[str, Any]) -> None:
+        append_line(metrics_path, json.dumps(row, ensure_ascii=False))
+
+    def go_back(reason: str, row: dict[str, Any]) -> None:
+        """To the weights of the last saved state. The step goes on: the rows that did the harm do not come again."""
+        try:
+            warn(guard.count_return(reason, metrics_path, stage.name))
+        except MiniGLMError:
+            log(row)  # the last step's numbers and rows are what the user wants to see now
+            raise
+        saved = load_last_state(state_path, warn)
+        if saved is None:  # removed meanwhile
+            raise MiniGLMError("缺少这个文件，退不回去", path=state_path, fix="换一个 --out 目录重新训练")
+        restore(*saved)
 
     def fraction() -> float:
         return step / stage.steps if stage.steps is not None else elapsed / (60.0 * (stage.minutes or 1.0))
 
-    micros = math.ceil(stage.rows / (stage.micro_rows or stage.rows))
-    bad_steps, early, last_save = 0, False, time.monotonic()
-    with stop_signal() as asked_to_stop, metrics_path.open("a", encoding="utf-8") as metrics:
+    micro_rows = min(stage.micro_rows or stage.rows, stage.rows)
+    early, last_save = False, time.monotonic()
+    fresh, last = last is None, None  # its tensors would stay in memory for the whole stage
+    with stop_signal() as asked_to_stop:
+        if fresh:  # something to go back to; and a full disk shows now rather than later
+            save()
         while not finished:
             started = time.monotonic()
             model.train()
             factor = learning_rate_factor(fraction(), warmup=stage.warmup, decay=stage.decay, final=stage.final_lr)
+            factor *= guard.rate
             set_learning_rate(optimizers, factor)
-            parts = [batches.batch(step, micro, micros).to(device) for micro in range(micros)]
-            targets = sum(part.targets for part in parts)
-            total = 0.0
-            for part in parts:
-                with autocast(device, stage.precision):
-                    loss, _ = model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)
-                (loss / targets).backward()  # type: ignore[no-untyped-call]
-                total += loss.item() / targets
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, stage.clip))
-            usable = math.isfinite(total) and math.isfinite(norm)
-            if usable:
+            random = rng_tensors()
+            while True:
+                try:
+                    total, parts = _gradients(model, batches, step, math.ceil(stage.rows / micro_rows), stage.precision)
+                    break
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                # Here the exception is gone, and with it the frames that held the arrays of the failed step.
                 for optimizer in optimizers:
-                    optimizer.step()
-            bad_steps = 0 if usable else bad_steps + 1
+                    optimizer.zero_grad(set_to_none=True)
+                release_memory(device)
+                micro_rows = smaller_micro_batch(micro_rows, model.config, device)
+                restore_rng(random)
+                warn(f"内存不够，改为每次算 {micro_rows} 行、多次累积，结果不变")
+            with memory_explained(model.config, device):
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, stage.clip))
+                fault = guard.fault(total, norm)
+                if fault is None:
+                    for optimizer in optimizers:
+                        optimizer.step()
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -279,14 +342,13 @@ def train(
                 "gradient_norm": norm if math.isfinite(norm) else str(norm),
                 "lr_factor": factor,
             }
-            if not usable:
+            if fault is not None:
+                row["skipped"] = fault
                 row["skipped_rows"] = [name for part in parts for name in part.rows]
-            if bad_steps >= 8:
-                raise MiniGLMError(
-                    f"连续 {bad_steps} 步的损失或梯度不是有限数（损失 {total}，梯度范数 {norm}），已停止",
-                    path=metrics_path,
-                    fix=f"上次保存的状态未受影响；把配方里 {stage.name}.matrix_lr 和 {stage.name}.adam_lr 减半再运行",
-                )
+                warn(f"第 {step} 步跳过：{fault}")
+            returned = guard.must_return
+            if returned:
+                go_back(f"连续 {guard.skipped} 步不能用（{fault}）", row)
             over = fraction() >= 1.0
             stopping = asked_to_stop()
             due = (
@@ -294,24 +356,30 @@ def train(
                 if stage.evaluate_every
                 else int(fraction() * EVALUATIONS + 1e-9) > evaluations
             )
+            saving = over or due or stopping or returned or time.monotonic() - last_save > SAVE_EVERY_SECONDS
+            if saving and not all_finite(parameters):
+                go_back(f"第 {step} 步以后权重里有 NaN 或无穷大", row)
             if over or (due and not stopping):
                 begun = time.monotonic()
                 evaluations = max(evaluations + 1, int(fraction() * EVALUATIONS + 1e-9))
                 model.eval()
-                with torch.inference_mode(), autocast(device, stage.precision):
+                with (
+                    torch.inference_mode(),
+                    autocast(device, stage.precision),
+                    memory_explained(model.config, device),
+                ):
                     scores = evaluate()
                 since_best += 1
-                if not best or scores["score"] < best["score"]:
+                if math.isfinite(scores["score"]) and (not best or scores["score"] < best["score"]):
                     best, since_best = scores | {"step": step}, 0
                     save_best(best)
                 elapsed += time.monotonic() - begun
                 row |= {"validation": scores}
                 early = stage.patience is not None and since_best >= stage.patience
-            metrics.write(json.dumps(row, ensure_ascii=False) + "\n")
-            metrics.flush()
+            log(row)
             on_progress(Progress(step, min(fraction(), 1.0), total, elapsed, tokens / max(elapsed, 1e-9), scores))
             finished = over or early
-            if finished or stopping or "validation" in row or time.monotonic() - last_save > SAVE_EVERY_SECONDS:
+            if saving:
                 begun = time.monotonic()
                 save(finished)
                 elapsed += time.monotonic() - begun
@@ -321,5 +389,9 @@ def train(
                 on_evaluation()
                 elapsed += time.monotonic() - begun
             if stopping and not finished:
-                raise Interrupted
+                raise Interrupted(stopping)
+    if not best:
+        raise MiniGLMError(
+            "没有一次验证的分数是有限数，没有可以保存的模型", path=metrics_path, fix="把学习率改小，换一个 --out"
+        )
     return TrainResult(step, elapsed, tokens, best, early)

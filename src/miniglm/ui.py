@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +108,14 @@ def training_bar(name: str, characters_per_token: float) -> Iterator[Callable[[T
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, or none where there is no such file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    """The lines of a metrics.jsonl, or none where there is no such file; a damaged line is left out."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"step", "elapsed", "loss"} <= row.keys():
+                rows.append(row)
+    return rows
 
 
 def stage_curves(run: Path) -> dict[str, list[tuple[float, float]]]:

@@ -6,20 +6,25 @@ Knows nothing of paragraphs, chapters or advertisements: that is cleaning.py.
 from __future__ import annotations
 
 import codecs
+import posixpath
 import re
 import unicodedata
 import zipfile
 from collections import Counter
 from functools import cache
+from html import unescape
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from miniglm.errors import MiniGLMError
 
 MAX_EPUB_BYTES = 200 * 1024 * 1024  # unpacked; the longest novels with their pictures stay far below
 MAX_EPUB_MEMBERS = 20_000
+MAX_DOCUMENT_BYTES = 16 * 1024 * 1024  # of one document of an EPUB: as a tree it takes ten to fifty times as much
+MAX_XML_BYTES = 4 * 1024 * 1024  # of its lists of contents: 20,000 entries take about 3 MB
 PLAUSIBLE = 0.75  # share of common characters: a novel had 0.99 read right, at most 0.45 as another Chinese encoding
 MAX_BROKEN = 0.001  # share of U+FFFD that is taken for a damaged byte or two and not for a wrong encoding
 ENCODING_HINT = "utf-8、gb18030、big5 或 utf-16"
@@ -389,14 +394,81 @@ def _refuse_bomb(archive: zipfile.ZipFile, path: str | Path) -> None:
             path=path,
             fix="请换一份不带大图的版本",
         )
+    for member in members:
+        kind = member.filename.rpartition(".")[2].lower()
+        most = MAX_XML_BYTES if kind in ("xml", "opf", "ncx") else MAX_DOCUMENT_BYTES
+        if member.file_size > most and kind not in _MEDIA:
+            raise _too_large(member.filename, member.file_size, most, path)
     if "META-INF/encryption.xml" in archive.namelist() and b"html" in archive.read("META-INF/encryption.xml"):
         raise MiniGLMError("EPUB 有加密（DRM），读不出正文", path=path, fix="请换一份没有加密的")
-    for member in members:
-        # Documents go through html.parser, which knows no entities of a file's own; these go through an XML parser.
-        if member.filename.endswith((".xml", ".opf", ".ncx")) and b"<!ENTITY" in archive.read(member):
-            raise MiniGLMError(f"EPUB 的 {member.filename} 自定义了 XML 实体，不安全", path=path, fix="请换一份")
+    # The list of contents may have any name; the container says which.
+    container = _xml_text(archive, "META-INF/container.xml", path)
+    listed = {unescape(name) for name in re.findall(r"""full-path\s*=\s*["']([^"']*)""", container)}
+    sizes = {member.filename: member.file_size for member in members}
+    read = 0
+    for name, length in sizes.items():
+        if name not in listed and not name.lower().endswith((".xml", ".opf", ".ncx")):
+            continue  # documents go through html.parser, which knows no entities of a file's own
+        if length > MAX_XML_BYTES:
+            raise _too_large(name, length, MAX_XML_BYTES, path)
+        text = _xml_text(archive, name, path)
+        if "<!ENTITY" in text:
+            raise MiniGLMError(f"EPUB 的 {name} 自定义了 XML 实体，不安全", path=path, fix="请换一份")
+        if name in listed:  # each entry is read into memory, however often it names the same document
+            for href in re.findall(r"""href\s*=\s*["']([^"'#]*)""", text):
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(unescape(href))))
+                read += sizes.get(target, 0)
+    if read > MAX_EPUB_BYTES:
+        raise _too_large("全部条目", read, MAX_EPUB_BYTES, path)
 
 
+def _xml_text(archive: zipfile.ZipFile, name: str, path: str | Path) -> str:
+    """An XML member as the XML parser will see it, for looking through.
+
+    Raises:
+        MiniGLMError: it is in an encoding that would hide from a reader what the parser finds.
+    """
+    data = archive.read(name)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = data.decode("utf-16", "replace")
+    else:
+        text = data.decode("utf-8-sig", "replace")
+    declared = re.match(r"""\s*<\?xml[^>]*encoding\s*=\s*["']([^"']*)""", text)
+    if not text.lstrip().startswith("<") or "\0" in text or (declared and declared[1].lower() not in _XML_ENCODINGS):
+        raise MiniGLMError(
+            f"EPUB 的 {name} 不是 UTF-8 或 UTF-16 的 XML", path=path, fix="请换一份，或用 Calibre 重新转换成 EPUB"
+        )
+    return text
+
+
+def _too_large(name: str, size: int, most: int, path: str | Path) -> MiniGLMError:
+    found = f"EPUB 里的 {name} 解开后有 {size / 2**20:.0f} MB，上限是 {most >> 20} MB"
+    return MiniGLMError(found, path=path, fix="请换一份，或用 Calibre 重新转换成 EPUB")
+
+
+_XML_ENCODINGS = ("utf-8", "utf8", "utf-16", "us-ascii", "ascii", "iso-8859-1", "gb2312", "gbk", "gb18030", "big5")
+_MEDIA = frozenset(
+    [
+        "jpg",
+        "jpeg",
+        "png",
+        "gif",
+        "webp",
+        "svg",
+        "bmp",
+        "tif",
+        "tiff",
+        "mp3",
+        "m4a",
+        "mp4",
+        "ogg",
+        "otf",
+        "ttf",
+        "woff",
+        "woff2",
+        "bin",
+    ]
+)
 _BLOCKS = frozenset(
     [
         *("address", "article", "aside", "blockquote", "body", "br", "caption", "center", "dd", "div", "dl", "dt"),
@@ -404,6 +476,7 @@ _BLOCKS = frozenset(
         *("main", "ol", "p", "pre", "section", "table", "tbody", "td", "tfoot", "th", "thead", "tr", "ul"),
     ]
 )
+MAX_NESTING = 100  # of what is left out; each end tag looks through them
 _SKIPPED = frozenset(["head", "script", "style", "nav", "rt", "rp"])
 _SOURCE_SPACE = re.compile(r"[ \t\r\n\f]+")
 _SPACE_IN_CHINESE = re.compile(r"(?<=[^\x00-\xff])\n(?=[^\x00-\xff])")
@@ -416,7 +489,7 @@ class _TextOf(HTMLParser):
         self.skipping: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _SKIPPED:
+        if tag in _SKIPPED and len(self.skipping) < MAX_NESTING:
             self.skipping.append(tag)
         elif tag == "body":
             self.skipping.clear()  # whatever was left open in the head

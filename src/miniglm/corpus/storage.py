@@ -10,7 +10,7 @@ from pathlib import Path
 from miniglm.corpus.cleaning import Book, Paragraph
 from miniglm.corpus.splitting import Split
 from miniglm.errors import MiniGLMError
-from miniglm.files import write_whole, written_whole
+from miniglm.files import file_digests, write_json, written_whole
 
 _FIELDS = {field.name: int if field.name in ("chapter_number", "number") else str for field in fields(Paragraph)}
 
@@ -41,8 +41,9 @@ def write_corpus(books: Sequence[Book], split: Split, folder: Path) -> None:
             for side, part in (("train", split.train), ("validation", split.validation))
         }
         | {"duplicates_moved": split.duplicates_moved, "cut_by_sentence": split.cut_by_sentence},
+        "files": file_digests(folder, ("train.jsonl", "validation.jsonl")),
     }
-    write_whole(folder / "summary.json", (json.dumps(summary, ensure_ascii=False, indent=2) + "\n").encode())
+    write_json(folder / "summary.json", summary)
 
 
 def _write_paragraphs(paragraphs: Iterable[Paragraph], path: Path) -> None:

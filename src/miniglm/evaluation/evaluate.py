@@ -6,6 +6,7 @@ nothing of run folders: the caller brings the model, the questions and what the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,7 +30,17 @@ from miniglm.evaluation.pictures import draw_all, draw_histogram
 from miniglm.evaluation.report import write_page
 from miniglm.evaluation.scores import CopyIndex, bootstrap_interval, characters, ratio_interval, rouge_l
 from miniglm.evaluation.summary import Said, interval, leak_report, missing_extras, split_report
-from miniglm.files import keep_dated, write_whole
+from miniglm.files import (
+    append_line,
+    clean_temporaries,
+    file_digest,
+    keep_dated,
+    read_json,
+    sealed,
+    unsealed,
+    write_json,
+    write_whole,
+)
 from miniglm.generation import Engine, SamplingSettings
 from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
@@ -173,7 +184,7 @@ def evaluate(
         report["against"] = against(report, subject.earlier)
     report["speed"]["seconds"] = round(time.monotonic() - begun, 1)
     write_page(report, folder, draw_all(report, folder))
-    write_whole(folder / REPORT, json.dumps(report, ensure_ascii=False) + "\n")  # last: a folder that has it is whole
+    write_json(folder / REPORT, report, indent=None)  # last: a folder that has it is whole
     for name in (JOURNAL, REQUEST):
         (folder / name).unlink(missing_ok=True)
     return report
@@ -191,11 +202,7 @@ def _check_pairs(parts: Sequence[Part], earlier: dict[str, Any]) -> None:
 
 
 def _checksum(folder: Path) -> str:
-    digests = []
-    for path in weight_files(folder):
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return " ".join(digests)
+    return " ".join(file_digest(path) for path in weight_files(folder))
 
 
 def _fingerprint(examples: Sequence[Example]) -> str:
@@ -205,10 +212,11 @@ def _fingerprint(examples: Sequence[Example]) -> str:
 
 def _open_folder(folder: Path, request: dict[str, Any], resume: bool) -> None:
     stopped = folder / REQUEST
+    clean_temporaries(folder)
     if resume and stopped.exists() and not (folder / REPORT).exists():
         try:
-            before = json.loads(stopped.read_text("utf-8"))
-        except ValueError:
+            before = read_json(stopped, fix="")
+        except MiniGLMError:
             before = {}
         changed = [key for key in request if before.get(key) != request[key]]
         if not changed:
@@ -220,11 +228,12 @@ def _open_folder(folder: Path, request: dict[str, Any], resume: bool) -> None:
             fix="去掉 --resume 重新评测（停下的那次会改名留着）",
         )
     keep_dated(folder)
-    write_whole(folder / REQUEST, json.dumps(request, ensure_ascii=False) + "\n")
+    write_json(folder / REQUEST, request, indent=None)
 
 
 class _Journal:
-    """What the model said, line by line. A last line that was cut short is dropped and asked again."""
+    """What the model said, line by line, each with its checksum. A line that is cut short or damaged is dropped, and
+    its questions are asked again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -232,10 +241,12 @@ class _Journal:
         self.seconds = 0.0
         if path.exists():
             # At line feeds only: an answer may hold what `str.splitlines` splits at, such as U+2028.
-            *lines, _ = path.read_bytes().split(b"\n")
-            for line in lines:
-                self._take(json.loads(line))
-            write_whole(path, b"".join(line + b"\n" for line in lines))
+            whole = []
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, LookupError, TypeError):
+                    self._take(unsealed(json.loads(line)))
+                    whole.append(line + b"\n")
+            write_whole(path, b"".join(whole))
 
     def _take(self, line: dict[str, Any]) -> None:
         self.seconds += line["seconds"]
@@ -246,8 +257,7 @@ class _Journal:
         """Keeps answers for good."""
         rows = [[n, s.answers, s.reasons, s.nats, s.tokens] for n, s in zip(numbers, said, strict=True)]
         line = {"part": part, "seconds": seconds, "rows": rows}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        append_line(self._path, json.dumps(sealed(line), ensure_ascii=False))
         self._take(line)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from miniglm.dataset import Batch
+from miniglm.guard import is_out_of_memory, release_memory
 from miniglm.model import GLM
 
 TARGETS_AT_ONCE = 1024
@@ -29,10 +30,27 @@ def bits_per_character(model: GLM, batches: Iterable[Batch], characters: int) ->
         raise ValueError("no characters to divide by")
     nats = 0.0
     for batch in batches:
-        on_device = batch.to(model.device)
-        loss, _ = model.loss(on_device.ids, on_device.labels, positions=on_device.positions, mask=on_device.mask)
-        nats += loss.item()
+        nats += _summed_loss(model, batch)
     return nats / math.log(2) / characters
+
+
+def _summed_loss(model: GLM, batch: Batch) -> float:
+    """Of all rows at once, or of one half after the other where they do not fit into memory."""
+    try:
+        part = batch.to(model.device)
+        return float(model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)[0])
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or len(batch.ids) == 1:
+            raise
+    del part
+    release_memory(model.device)
+
+    def cut(rows: slice) -> Batch:
+        positions, mask = (None if t is None else t[rows] for t in (batch.positions, batch.mask))
+        return Batch(batch.ids[rows], batch.labels[rows], positions, mask, batch.rows[rows])
+
+    half = len(batch.ids) // 2
+    return _summed_loss(model, cut(slice(half))) + _summed_loss(model, cut(slice(half, None)))
 
 
 @torch.inference_mode()
