@@ -79,3 +79,16 @@ def test_the_rule_is_torchs(shape: tuple[int, int, int]) -> None:
         moved = (other - before).norm()
         assert moved > 0.1
         assert (mine - other).norm() < 0.02 * moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [-133, -99, -66, -40, -20, 20, 50])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_size_of_a_gradient_does_not_matter(shape: tuple[int, int, int], scale: float, dtype: torch.dtype) -> None:
+    """Weights that begin at zero make gradients of others tiny; nothing may overflow, vanish to 0 / 0 or diverge."""
+    given = random_matrices(shape)
+    made = orthogonalize(given.to(dtype) * 2.0**exponent).float()
+    if exponent < -99:  # as good as zero
+        assert made.abs().max() <= 2
+    else:
+        torch.testing.assert_close(made, orthogonalize(given.to(dtype)).float(), atol=0.05, rtol=0)

@@ -137,9 +137,11 @@ def release_memory(device: torch.device) -> None:
 def activation_bytes(config: ModelConfig, context: int) -> int:
     """Bytes that one row of `context` tokens keeps for its backward pass, in float32; within a third of what autograd
     saves (tests/test_guard.py counts it). Each layer keeps the residual stream, its norms and the branches' outputs
-    (about 6 D), q, k, v before and after rotation and the attention's output, and the gated unit's halves and product
-    (4 F); then come the logits' gradients, in blocks that do not count here."""
+    (about 6 D), q, k, v before and after rotation and the attention's output, the weights of half of all pairs of
+    positions for each head, and the gated unit's halves and product (4 F); then come the logits' gradients, in blocks
+    that do not count here."""
     attention = 3 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    attention += config.num_attention_heads * context // 2
     layer = 6 * config.hidden_size + attention + 4 * config.intermediate_size
     return 4 * context * (config.num_hidden_layers * layer + 3 * config.hidden_size)
 

@@ -39,7 +39,9 @@ def orthogonalize(matrices: Tensor, coefficients: Sequence[tuple[float, float, f
     """
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonalize(matrices.mT, coefficients).mT
-    x = matrices
+    # The largest entry becomes 1 first: fourth powers of small ones would vanish. What is as good as zero becomes zero.
+    peak = matrices.abs().amax(dim=(-2, -1), keepdim=True)
+    x = matrices * torch.where(peak > 1e-30, 1 / peak, 0.0).to(matrices.dtype)
     gram = x @ x.mT
     norm = torch.linalg.matrix_norm(gram, keepdim=True).clamp_min_(1e-30)
     gram = gram / norm

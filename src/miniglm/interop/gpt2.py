@@ -7,7 +7,6 @@ Radford et al. 2019: learned positions, LayerNorm before each branch, GELU. It c
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,11 +172,10 @@ def convert_checkpoint(path: Path, out: Path, tokenizer: Tokenizer | None = None
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise MiniGLMError("没有这个文件", path=path) from None
-    except pickle.UnpicklingError:
-        raise MiniGLMError(
-            "拒绝打开：这个 pickle 里不只有张量和数，打开它会运行里面的代码，或者它已损坏", path=path, fix=again
-        ) from None
     except Exception as error:  # a broken archive fails in whatever part of torch meets it first
+        if type(error).__name__ == "UnpicklingError":
+            found = "拒绝打开：这个 pickle 里不只有张量和数，打开它会运行里面的代码，或者它已损坏"
+            raise MiniGLMError(found, path=path, fix=again) from None
         raise MiniGLMError(f"读不了（{type(error).__name__}）", path=path, fix=again) from None
     if not isinstance(content, dict) or not all(isinstance(content.get(k), dict) for k in ("model", "model_args")):
         raise MiniGLMError("里面没有 model 和 model_args", path=path, fix=again)

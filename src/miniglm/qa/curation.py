@@ -191,8 +191,8 @@ def _not_novel(
 
     The F1 of ROUGE-L, 2 LCS / (m + n), is rapidfuzz's normalized Indel similarity.
     """
-    from rapidfuzz import process
     from rapidfuzz.distance import Indel
+    from rapidfuzz.process import extract
 
     kept: dict[int, str] = {}
     for number, example in enumerate(examples):
@@ -200,7 +200,7 @@ def _not_novel(
         if number in found:
             continue
         question = bare(example.question)
-        hits = process.extract(question, kept, scorer=Indel.normalized_similarity, score_cutoff=most, limit=20)
+        hits = extract(question, kept, scorer=Indel.normalized_similarity, score_cutoff=most, limit=20)
         other = next((n for _, _, n in hits if _fact(examples[n]) != _fact(example)), None)
         if other is None:
             kept[number] = question
