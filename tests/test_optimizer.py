@@ -25,10 +25,10 @@ def composed(s: Tensor) -> Tensor:
 
 
 def test_the_polynomials_come_near_one_everywhere() -> None:
-    far = composed(torch.logspace(math.log10(0.003), 0, 10_000, dtype=torch.float64)) - 1
-    assert far.abs().max() < 0.216
-    assert far.max() > 0.215 and far.min() < -0.215  # as much above as below
-    assert composed(torch.tensor(1e-4)) > 0.02  # and what is smaller is at least made two hundred times larger
+    far = composed(torch.logspace(math.log10(0.02), 0, 10_000, dtype=torch.float64)) - 1
+    assert far.abs().max() < 0.102
+    assert far.max() > 0.1 and far.min() < -0.1  # as much above as below
+    assert composed(torch.tensor(1e-3)) > 0.05  # and what is smaller is at least made fifty times larger
 
 
 @pytest.mark.parametrize("shape", SHAPES)
