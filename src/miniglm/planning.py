@@ -162,11 +162,12 @@ def plan(
         config = replace(config, **explicit)
     except ValueError as error:
         raise MiniGLMError(f"配方 [model] 的尺寸不相容：{error}") from None
-    share = PRETRAIN_SHARE if has_pairs else 1.0
+    # Without questions there is no second stage: its length is then only a number.
+    shares = (PRETRAIN_SHARE, 1 - PRETRAIN_SHARE) if has_pairs else (1.0, 1.0)
     dropout = given.dropout if given.dropout is not None else 0.0
     pretrain, finetune = (
         _stage(name, given, recipe, None if seconds is None else seconds * part, context, precision)
-        for name, given, part in (("pretrain", recipe.pretrain, share), ("finetune", recipe.finetune, 1 - share))
+        for name, given, part in zip(("pretrain", "finetune"), (recipe.pretrain, recipe.finetune), shares, strict=True)
     )
     return Plan(
         model=config,
