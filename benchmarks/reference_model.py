@@ -131,7 +131,8 @@ def reference_tokenizer(text: str) -> tuple[Tokenizer, str]:
     except (MiniGLMError, ImportError):
         pass
     sample = text[:200_000]
-    low, high = 280, 2000  # more entries, fewer tokens: halve the interval
+    most = train_tokenizer([sample], vocab_size=None, corpus_characters=len(sample)).vocab_size
+    low, high = 280, min(2000, most)  # more entries, fewer tokens: halve the interval
     while high - low > 8:
         middle = (low + high) // 2
         tokenizer = train_tokenizer([sample], vocab_size=middle, corpus_characters=len(sample))

@@ -83,7 +83,7 @@ def reference_run(texts: dict[str, str], sizes: Sizes, minutes: float, seed: int
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(sizes, step, steps)
         ids, targets = random_windows(train, sizes, rng)
-        model.loss(ids, targets).backward()
+        model.loss(ids, targets).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ def test_the_gpu_job_runs_on_a_cpu_in_miniature() -> None:
     ours = our_way(TEXT, ModelConfig(320, 32, 64, 1, 2, 1, 16, 32), stages, cpu)
     theirs = their_way(TEXT, Sizes(1, 2, 32, 32, 4), stages, cpu, vocabulary=2048)
     for found in (ours, theirs):
-        assert 0 < found["bits"] < 8 and found["seconds"] > 0 and found["gigaflops"] > 0
+        assert 0 < found["bits"] < 20 and found["seconds"] > 0 and found["gigaflops"] > 0  # 24 before any step
     assert ours["bits"] < theirs["bits"]  # it repeats itself: whoever learns faster is there sooner
 
 
@@ -63,7 +62,7 @@ def test_rounds_are_paired_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
         order.append(name)
         return float(len(order))
 
-    found = alternate({name: functools.partial(measure, name) for name in "ab"}, rounds=2)
+    found = alternate({"a": lambda: measure("a"), "b": lambda: measure("b")}, rounds=2)
     assert order == ["a", "b"] * 3 and found == {"a": [3.0, 5.0], "b": [4.0, 6.0]}
     assert median_ratio([2.0, 9.0, 4.0], [1.0, 1.0, 1.0]) == 4.0
     given = parser("x").parse_args(["--json", str(tmp_path / "out.json")])

@@ -25,10 +25,10 @@ def composed(s: Tensor) -> Tensor:
 
 
 def test_the_polynomials_come_near_one_everywhere() -> None:
-    far = composed(torch.logspace(math.log10(0.003), 0, 10_000, dtype=torch.float64)) - 1
-    assert far.abs().max() < 0.216
-    assert far.max() > 0.215 and far.min() < -0.215  # as much above as below
-    assert composed(torch.tensor(1e-4)) > 0.02  # and what is smaller is at least made two hundred times larger
+    far = composed(torch.logspace(math.log10(0.02), 0, 10_000, dtype=torch.float64)) - 1
+    assert far.abs().max() < 0.102
+    assert far.max() > 0.1 and far.min() < -0.1  # as much above as below
+    assert composed(torch.tensor(1e-3)) > 0.05  # and what is smaller is at least made fifty times larger
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -84,7 +84,7 @@ def test_the_rule_is_torchs(shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("exponent", [-133, -99, -66, -40, -20, 20, 50])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_size_of_a_gradient_does_not_matter(shape: tuple[int, int, int], scale: float, dtype: torch.dtype) -> None:
+def test_the_size_of_a_gradient_does_not_matter(shape: tuple[int, int, int], exponent: int, dtype: torch.dtype) -> None:
     """Weights that begin at zero make gradients of others tiny; nothing may overflow, vanish to 0 / 0 or diverge."""
     given = random_matrices(shape)
     made = orthogonalize(given.to(dtype) * 2.0**exponent).float()

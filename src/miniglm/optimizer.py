@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 POLAR_EXPRESS = (
-    (8.219289, -23.337473, 16.626580),
-    (3.968986, -2.842425, 0.516748),
-    (3.462599, -2.498193, 0.480219),
-    (2.540446, -1.888481, 0.448119),
+    (7.559776, -20.838292, 14.716991),
+    (3.170834, -2.292459, 0.458575),
+    (2.250624, -1.636519, 0.422446),
 )
-"""(a, b, c) of each step's a·x + b·x³ + c·x⁵. Their composition takes [0.003, 1] to 1 ± 0.216 (Amsel et al. 2025, The
+"""(a, b, c) of each step's a·x + b·x³ + c·x⁵. Their composition takes [0.02, 1] to 1 ± 0.102 (Amsel et al. 2025, The
 Polar Express, arXiv:2505.16932, section 3.2; computed with their recipe: each step the minimax polynomial of the
 interval that the step before leaves, all but the last taken at x / 1.02: past their interval's end the polynomials
-rise steeply, and bfloat16's rounding would go there). As loose as Muon's own five, which end between 0.68 and 1.13:
-reaching small singular values is worth more than exactness (docs/speed.md)."""
+rise steeply, and bfloat16's rounding would go there). Three steps train as well as four (docs/speed.md)."""
 GRAM_ASPECT = 1.5
 """From this ratio of the sides on, iterating on X·Xᵀ alone costs less than iterating on X."""
 

@@ -69,18 +69,18 @@ def lengths(recipe: Recipe) -> dict[str, Any]:
     return {"minutes": recipe.run.minutes} | {n: {k: getattr(s, k) for k in LENGTHS} for n, s in stages.items()}
 
 
-def measure_gigaflops(device: torch.device, precision: str, seconds: float = 1.0) -> float:
-    """Best speed of a matrix product of 1,024 rows and columns on `device`, in 10^9 operations a second. The best, not
+def measure_gigaflops(device: torch.device, precision: str, seconds: float = 1.0, size: int = 1024) -> float:
+    """Best speed of a matrix product of `size` rows and columns on `device`, in 10^9 operations a second. The best, not
     the median: another program that happens to run just now must not decide how large the model is."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    a, b = (torch.randn(1024, 1024, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times: list[float] = []
     begun = time.perf_counter()
     while time.perf_counter() - begun < seconds or len(times) < 5:
         started = time.perf_counter()
         (a @ b).sum().item()
         times.append(time.perf_counter() - started)
-    return 2 * 1024**3 / min(times) / 1e9
+    return 2 * size**3 / min(times) / 1e9
 
 
 def choose_precision(device: torch.device) -> str:
@@ -90,7 +90,7 @@ def choose_precision(device: torch.device) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if device.type != "cpu":
         return "float32"
-    plain, half = (measure_gigaflops(device, precision, 0.2) for precision in ("float32", "bfloat16"))
+    plain, half = (measure_gigaflops(device, precision, 0.1, size=512) for precision in ("float32", "bfloat16"))
     return "bfloat16" if half >= BFLOAT16_PAYS * plain else "float32"
 
 
@@ -162,11 +162,12 @@ def plan(
         config = replace(config, **explicit)
     except ValueError as error:
         raise MiniGLMError(f"配方 [model] 的尺寸不相容：{error}") from None
-    share = PRETRAIN_SHARE if has_pairs else 1.0
+    # Without questions there is no second stage: its length is then only a number.
+    shares = (PRETRAIN_SHARE, 1 - PRETRAIN_SHARE) if has_pairs else (1.0, 1.0)
     dropout = given.dropout if given.dropout is not None else 0.0
     pretrain, finetune = (
         _stage(name, given, recipe, None if seconds is None else seconds * part, context, precision)
-        for name, given, part in (("pretrain", recipe.pretrain, share), ("finetune", recipe.finetune, 1 - share))
+        for name, given, part in zip(("pretrain", "finetune"), (recipe.pretrain, recipe.finetune), shares, strict=True)
     )
     return Plan(
         model=config,
