@@ -134,7 +134,7 @@ Batch = tuple[list[Bag], list[Bag]]
 
 def train_encoder(
     vocabulary: Vocabulary,
-    batches: Callable[[Encoder, float], Batch],
+    batches: Callable[[Callable[[], Encoder], float], Batch],
     seconds: float,
     seed: int,
     *,
@@ -144,7 +144,8 @@ def train_encoder(
     """Trains for `seconds` by the clock, the learning rate falling to nothing.
 
     Args:
-        batches: gives a batch, from the encoder as it is and the share of the time that is gone.
+        batches: gives a batch; gets what gives the encoder as it is (to find hard negatives), and the share of the
+            time that is gone.
         most_steps: more steps than these do not help a set of a few thousand questions.
         progress: is told the share of the time that is gone.
     """
@@ -156,12 +157,16 @@ def train_encoder(
     first = [torch.zeros_like(part) for part in parts]
     second = [torch.zeros(size, 1) for _ in parts]
     begun, steps = time.monotonic(), 0
+
+    def current() -> Encoder:
+        return Encoder(vocabulary, vectors * weights)
+
     while True:
         share = max((time.monotonic() - begun) / max(seconds, 1e-6), steps / most_steps)
         progress(min(share, 1.0))
         if share >= 1:
             break
-        left, right = batches(Encoder(vocabulary, vectors * weights) if steps % 64 == 0 else _SAME, share)
+        left, right = batches(current, share)
         rows, places = np.unique(np.concatenate(left + right), return_inverse=True)
         at = torch.from_numpy(rows)
         own = [part[at].requires_grad_(True) for part in parts]
@@ -178,4 +183,4 @@ def train_encoder(
             mean[at], square[at] = moved, spread
             part[at] = row.detach() - RATE * max(0.02, 1 - share) * moved / (spread.sqrt() + 1e-8)
         steps += 1
-    return Encoder(vocabulary, vectors * weights)
+    return current()
