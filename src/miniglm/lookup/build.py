@@ -28,7 +28,7 @@ from miniglm.lookup.facts import Fact, Memory, facts_of, locate, without
 from miniglm.lookup.library import Library, build_library
 from miniglm.lookup.look import Judge, Look, look, signals
 from miniglm.lookup.ranking import fit_logistic, fit_ranker
-from miniglm.lookup.text import passages, sentences
+from miniglm.lookup.text import passages, plain, sentences
 from miniglm.qa.formats import Example
 
 FORMAT = 1
@@ -133,7 +133,10 @@ class Pairs:
         for n in self.random.sample(range(len(self.sentences)), min(BATCH, len(self.sentences))):
             own, before = self.sentences[n], self.random.randrange(1, 4)
             # The first sentence of all has only those after it, so that no side is empty.
-            around = [*self.sentences[max(0, n - before) : n], *self.sentences[n + 1 : n + 1 + self.random.randrange(1, 3)]]
+            around = [
+                *self.sentences[max(0, n - before) : n],
+                *self.sentences[n + 1 : n + 1 + self.random.randrange(1, 3)],
+            ]
             if self.random.random() < 0.5:
                 hidden = self.numbers.random(len(own)) < 0.5
                 around.append(own[~hidden])
@@ -218,8 +221,8 @@ def train(
     # Passages are numbered through all paragraphs; where only some are learnt from, a fact's is not among them.
     known = without(facts, withheld.questions)
     pairs = Pairs(known if len(sample) == len(paragraphs) else [_nowhere(fact) for fact in known], sample, seed)
-    vocabulary = build_vocabulary([*pairs.texts, *(q for f in known for q in f.questions), *(f.answer for f in known)])
-    pairs.prepare(vocabulary.bag)
+    vocabulary = build_vocabulary(map(plain, [*pairs.texts, *(t for f in known for t in (*f.questions, f.answer))]))
+    pairs.prepare(lambda text: vocabulary.bag(plain(text)))
     return train_encoder(vocabulary, pairs, seconds, seed, progress=progress)
 
 

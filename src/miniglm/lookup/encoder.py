@@ -8,21 +8,20 @@ Training is contrastive with in-batch negatives in both directions (InfoNCE; van
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
-from miniglm.lookup.text import grams
+from miniglm.lookup.text import Grams, Plain, grams, plain
 
 Bag = NDArray[np.int64]
 """Numbers of a text's n-grams, with repetitions."""
@@ -31,37 +30,45 @@ LARGEST_VOCABULARY = 120_000
 RATE = 1e-2
 TEMPERATURE = 0.05
 UNKNOWN = 0
+FILE = "encoder.safetensors"
 
 
 class Vocabulary:
     """The n-grams that the encoder knows.
 
     Args:
-        names: n-grams; number 0 is kept for what is unknown and is not among them.
+        names: them, rising; the first has number 1, since 0 is kept for what is unknown.
         idf: inverse document frequency of each, number 0 included.
     """
 
-    def __init__(self, names: Sequence[str], idf: NDArray[np.float32]) -> None:
-        self.numbers = {name: number for number, name in enumerate(names, 1)}
-        self.idf = idf
+    def __init__(self, names: Grams, idf: NDArray[np.float32]) -> None:
+        self.names, self.idf = names, idf
+        self.rarest = float(idf.max())
 
-    def bag(self, text: str) -> Bag:
+    def numbers(self, found: Grams) -> Bag:
+        """The number of each n-gram, 0 for unknown ones."""
+        if not len(self.names):
+            return np.zeros(len(found), dtype=np.int64)
+        places = np.minimum(np.searchsorted(self.names, found), len(self.names) - 1)
+        return np.where(self.names[places] == found, places + 1, UNKNOWN)
+
+    def bag(self, text: Plain) -> Bag:
         """The text's known n-grams; one unknown where there is none."""
-        known = self.numbers
-        return np.array([known[g] for g in grams(text) if g in known] or [UNKNOWN], dtype=np.int64)
+        found = self.numbers(grams(text))
+        known = found[found != UNKNOWN]
+        return known if len(known) else np.array([UNKNOWN])
 
 
-def build_vocabulary(texts: Iterable[str]) -> Vocabulary:
+def build_vocabulary(texts: Iterable[Plain]) -> Vocabulary:
     """N-grams that at least two of the texts have, the most frequent first."""
-    counts: Counter[str] = Counter()
-    total = 0
-    for text in texts:
-        counts.update(set(grams(text)))
-        total += 1
-    names = [name for name, count in counts.most_common(LARGEST_VOCABULARY - 1) if count > 1]
+    each = [np.unique(grams(text)) for text in texts]
+    names, counts = np.unique(np.concatenate([np.zeros(0, dtype=np.uint32), *each]), return_counts=True)
+    kept = np.flatnonzero(counts > 1)
+    if len(kept) >= LARGEST_VOCABULARY:
+        kept = np.sort(kept[np.argsort(-counts[kept], kind="stable")[: LARGEST_VOCABULARY - 1]])
     # The unknown one weighs nothing, so that a text without a known n-gram is like no other.
-    idf = [0.0, *(math.log(total / counts[name]) for name in names)]
-    return Vocabulary(names, np.array(idf, dtype=np.float32))
+    idf = np.concatenate([[0.0], np.log(len(each) / counts[kept])])
+    return Vocabulary(names[kept], idf.astype(np.float32))
 
 
 class Encoder:
@@ -74,6 +81,7 @@ class Encoder:
 
     def __init__(self, vocabulary: Vocabulary, vectors: torch.Tensor) -> None:
         self.vocabulary, self.vectors = vocabulary, vectors
+        self.lengths = vectors.norm(dim=-1, keepdim=True)
 
     def bags(self, bags: Sequence[Bag], at_once: int = 1024) -> NDArray[np.float32]:
         """Vectors of length 1, (bags, dimensions); all zero for a bag of nothing known."""
@@ -85,18 +93,13 @@ class Encoder:
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of length 1, (texts, dimensions)."""
-        return self.bags([self.vocabulary.bag(text) for text in texts])
+        return self.bags([self.vocabulary.bag(plain(text)) for text in texts])
 
     def save(self, folder: Path) -> None:
-        """Writes encoder.safetensors (float16) and vocabulary.json into `folder`."""
+        """Writes encoder.safetensors into `folder`, the vectors as float16."""
         folder.mkdir(parents=True, exist_ok=True)
-        names = list(self.vocabulary.numbers)
-        idf = torch.from_numpy(self.vocabulary.idf)
-        tensors = {"vectors": self.vectors.to(torch.float16).contiguous(), "idf": idf.contiguous()}
-        temporary = folder / ".encoder.safetensors"
-        save_file(tensors, temporary)
-        temporary.replace(folder / "encoder.safetensors")
-        write_whole(folder / "vocabulary.json", json.dumps(names, ensure_ascii=False) + "\n")
+        names, idf = torch.from_numpy(self.vocabulary.names.astype(np.int64)), torch.from_numpy(self.vocabulary.idf)
+        write_whole(folder / FILE, save({"vectors": self.vectors.half(), "idf": idf, "names": names}))
 
     @classmethod
     def load(cls, folder: Path) -> Encoder:
@@ -106,18 +109,15 @@ class Encoder:
             MiniGLMError: a file is missing or damaged.
         """
         try:
-            names = json.loads((folder / "vocabulary.json").read_text("utf-8"))
-            tensors = load_file(folder / "encoder.safetensors")
-            vectors, idf = tensors["vectors"].float(), tensors["idf"].numpy()
-        except (OSError, ValueError, KeyError) as error:
-            raise MiniGLMError(f"检索的编码器读不出来（{error}）", path=folder, fix="请重新运行 miniglm index") from None
-        except Exception as error:  # safetensors has an exception of its own that derives from nothing else
-            raise MiniGLMError(f"检索的编码器已损坏（{error}）", path=folder, fix="请重新运行 miniglm index") from None
-        if not len(names) + 1 == len(vectors) == len(idf):
+            tensors = load_file(folder / FILE)
+            vectors, idf, names = tensors["vectors"].float(), tensors["idf"].numpy(), tensors["names"].numpy()
+            if not len(names) + 1 == len(vectors) == len(idf):
+                raise ValueError(f"词表有 {len(names)} 项，向量有 {len(vectors)} 行")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise MiniGLMError(
-                f"词表有 {len(names)} 项，编码器有 {len(vectors)} 行，对不上", path=folder, fix="请重新运行 miniglm index"
-            )
-        return cls(Vocabulary(names, idf), vectors)
+                f"检索的编码器读不出来（{error}）", path=folder / FILE, fix="请重新运行 miniglm index"
+            ) from None
+        return cls(Vocabulary(names.astype(np.uint32), idf), vectors)
 
 
 def _unit_sums(bags: Sequence[Bag], vectors: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,6 +16,7 @@ from miniglm.files import write_whole
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.lexical import Lexical
 from miniglm.lookup.library import Library
+from miniglm.lookup.text import Plain, grams, plain
 from miniglm.qa.formats import Example
 
 FIELDS = ("questions", "answers", "together", "contexts")
@@ -36,6 +37,11 @@ class Fact:
     def together(self) -> str:
         """All phrasings and the answer in one text."""
         return " ".join((*self.questions, self.answer))
+
+
+def context_of(fact: Fact, library: Library) -> Plain:
+    """What surrounds the fact in the book, or the evidence that its set gives."""
+    return library.context(fact.passage) if fact.passage >= 0 else plain(fact.evidence)
 
 
 def facts_of(examples: Sequence[Example]) -> list[Fact]:
@@ -68,8 +74,8 @@ def locate(facts: Sequence[Fact], texts: Sequence[str]) -> list[Fact]:
     for fact in facts:
         place = next((n for n, text in enumerate(texts) if fact.evidence in text), None) if fact.evidence else None
         if place is None:
-            index = index or Lexical.build(texts)
-            place = int(index.scores(f"{fact.evidence} {fact.together}").argmax())
+            index = index or Lexical.build(map(plain, texts))
+            place = int(index.scores(grams(plain(f"{fact.evidence} {fact.together}"))).argmax())
         located.append(replace(fact, passage=place))
     return located
 
@@ -78,7 +84,6 @@ class Memory:
     """Facts to search.
 
     Args:
-        contexts: what surrounds the passage of each in the book.
         vectors: by the names of `FIELDS`; those of questions have a row a phrasing, the others a row a fact.
         told: BM25 over all phrasings and the answer of each; `wide`: with its context.
     """
@@ -86,12 +91,11 @@ class Memory:
     def __init__(
         self,
         facts: Sequence[Fact],
-        contexts: Sequence[str],
         vectors: dict[str, NDArray[np.float32]],
         told: Lexical,
         wide: Lexical,
     ) -> None:
-        self.facts, self.contexts, self.vectors, self.told, self.wide = facts, contexts, vectors, told, wide
+        self.facts, self.vectors, self.told, self.wide = facts, vectors, told, wide
         self.owners = np.array([n for n, fact in enumerate(facts) for _ in fact.questions], dtype=np.int64)
 
     def __len__(self) -> int:
@@ -100,23 +104,23 @@ class Memory:
     @classmethod
     def build(cls, facts: Sequence[Fact], library: Library, encoder: Encoder) -> Memory:
         """Vectors and BM25 of located facts."""
-        contexts = [library.passage(fact.passage).context if fact.passage >= 0 else fact.evidence for fact in facts]
-        together = [fact.together for fact in facts]
+        together = [plain(fact.together) for fact in facts]
+        contexts = [context_of(fact, library) for fact in facts]
         texts = {
-            "questions": [q for fact in facts for q in fact.questions],
-            "answers": [fact.answer for fact in facts],
+            "questions": [plain(q) for fact in facts for q in fact.questions],
+            "answers": [plain(fact.answer) for fact in facts],
             "together": together,
             "contexts": contexts,
         }
-        wide = [f"{own} {context}" for own, context in zip(together, contexts, strict=True)]
-        vectors = {name: encoder.texts(texts[name]) for name in FIELDS}
-        return cls(facts, contexts, vectors, Lexical.build(together), Lexical.build(wide))
+        wide = [np.concatenate(both) for both in zip(together, contexts, strict=True)]
+        vectors = {name: encoder.bags([encoder.vocabulary.bag(text) for text in texts[name]]) for name in FIELDS}
+        return cls(facts, vectors, Lexical.build(together), Lexical.build(wide))
 
     def save(self, folder: Path) -> None:
         """Writes facts.jsonl, vectors as .npy and both BM25 indexes."""
         folder.mkdir(parents=True, exist_ok=True)
-        rows = [asdict(fact) | {"context": context} for fact, context in zip(self.facts, self.contexts, strict=True)]
-        write_whole(folder / "facts.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        lines = [json.dumps(asdict(fact), ensure_ascii=False) + "\n" for fact in self.facts]
+        write_whole(folder / "facts.jsonl", "".join(lines))
         for name, vectors in self.vectors.items():
             np.save(folder / f"{name}.npy", vectors)
         self.told.save(folder / "told")
@@ -130,17 +134,16 @@ class Memory:
             MiniGLMError: a file is missing or damaged.
         """
         try:
-            facts, contexts = [], []
+            facts = []
             for line in (folder / "facts.jsonl").read_bytes().split(b"\n")[:-1]:
                 row = json.loads(line)
-                contexts.append(row.pop("context"))
                 row |= {"questions": tuple(row["questions"]), "keys": tuple(map(tuple, row["keys"]))}
                 facts.append(Fact(**row))
             vectors = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FIELDS}
             lexical = [Lexical.load(folder / name, len(facts)) for name in ("told", "wide")]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MiniGLMError(f"检索的问答读不出来（{error}）", path=folder, fix="请重新运行 miniglm index") from None
-        return cls(facts, contexts, vectors, *lexical)
+        return cls(facts, vectors, *lexical)
 
 
 def without(facts: Sequence[Fact], phrasings: Collection[str]) -> list[Fact]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from miniglm.lookup.text import grams
+from miniglm.lookup.text import Grams, Plain, grams
 
 
 class Lexical:
@@ -25,24 +25,24 @@ class Lexical:
         self._index, self.size = index, size
 
     @classmethod
-    def build(cls, texts: Iterable[str]) -> Lexical:
+    def build(cls, texts: Iterable[Plain]) -> Lexical:
         """Of the texts in their order."""
         import bm25s
         from bm25s.tokenization import Tokenized
 
-        numbers: dict[str, int] = {}
-        ids = []
-        for text in texts:
-            ids.append(np.array([numbers.setdefault(g, len(numbers)) for g in grams(text)], dtype=np.int32))
-        if not numbers:
-            return cls(None, len(ids))
+        each = [grams(text) for text in texts]
+        names, places = np.unique(np.concatenate([np.zeros(0, dtype=np.uint32), *each]), return_inverse=True)
+        if not len(names):
+            return cls(None, len(each))
+        ids = np.split(places.astype(np.int32), np.cumsum([len(found) for found in each[:-1]]))
         index = bm25s.BM25()
-        index.index(Tokenized(ids=ids, vocab=numbers), show_progress=False)
-        return cls(index, len(ids))
+        vocabulary = {str(name): number for number, name in enumerate(names)}
+        index.index(Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
+        return cls(index, len(each))
 
-    def scores(self, query: str) -> NDArray[np.float32]:
+    def scores(self, query: Grams) -> NDArray[np.float32]:
         """(texts,) how much of the query each holds; repetitions in the query count."""
-        known = [] if self._index is None else [g for g in grams(query) if g in self._index.vocab_dict]
+        known = [] if self._index is None else [name for name in map(str, query) if name in self._index.vocab_dict]
         if not known:
             return np.zeros(self.size, dtype=np.float32)
         found: NDArray[np.float32] = self._index.get_scores(known)

@@ -23,7 +23,7 @@ from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.lexical import Lexical
-from miniglm.lookup.text import CONTEXT, passages
+from miniglm.lookup.text import CONTEXT, Grams, Plain, passages, plain
 
 SHARD = 100_000
 """Passages in a shard at most."""
@@ -37,7 +37,6 @@ class Passage:
     Attributes:
         chapter: the heading's number, 0 before the first; `chapter_title`: the heading, "" before the first.
         paragraph: 1-based number of the paragraph in the book, headings included; `start`: where in it it begins.
-        context: the passage with those before and after it in the chapter.
     """
 
     book: str
@@ -46,7 +45,6 @@ class Passage:
     paragraph: int
     start: int
     text: str
-    context: str
 
 
 class Shard:
@@ -60,6 +58,7 @@ class Shard:
             self._paragraphs = np.load(folder / "paragraphs.npy", mmap_mode="r")
             self._passages = np.load(folder / "passages.npy", mmap_mode="r")
             self._text = np.memmap(folder / "text.txt", dtype=np.uint8, mode="r")
+            self._plain = np.load(folder / "plain.npy", mmap_mode="r")
             self.size = len(self._passages)
             self.lexical = Lexical.load(folder / "lexical", self.size)
             self.vectors: Any = Index.restore(str(folder / "vectors.usearch"), view=True)
@@ -73,31 +72,33 @@ class Shard:
 
     def passage(self, number: int) -> Passage:
         """The passage of that number."""
-        row, start, end = (int(value) for value in self._passages[number])
-        paragraph, chapter, begin = (int(value) for value in self._paragraphs[row])
-        first, last = number, number
-        while first > max(0, number - CONTEXT) and self._chapter(first - 1) == chapter:
-            first -= 1
-        while last < min(self.size - 1, number + CONTEXT) and self._chapter(last + 1) == chapter:
-            last += 1
+        row, start, end = self._passages[number, :3].tolist()
+        paragraph, chapter, begin = self._paragraphs[row].tolist()
         heading = self.about["chapters"][chapter]
-        return Passage(
-            self.about["book"],
-            heading["number"],
-            heading["title"],
-            paragraph,
-            len(self._read(begin, start)),
-            self._read(start, end),
-            self._read(int(self._passages[first][1]), int(self._passages[last][2])),
-        )
+        before = len(self._read(begin, start))
+        book, title = self.about["book"], heading["title"]
+        return Passage(book, heading["number"], title, paragraph, before, self._read(start, end))
 
-    def _chapter(self, number: int) -> int:
-        return int(self._paragraphs[int(self._passages[number][0])][1])
+    def plain(self, number: int) -> Plain:
+        """The passage's characters."""
+        start, end = self._passages[number, 3:].tolist()
+        found: Plain = self._plain[start:end]
+        return found
+
+    def context(self, number: int) -> Plain:
+        """The characters of the passage with those before and after it in the chapter."""
+        first, last = max(0, number - CONTEXT), min(self.size - 1, number + CONTEXT)
+        around = self._passages[first : last + 1]
+        chapters = self._paragraphs[around[:, 0], 1]
+        same = around[chapters == chapters[number - first]]
+        found: Plain = self._plain[int(same[0, 3]) : int(same[:, 4].max())]
+        return found
 
 
 def build_shard(paragraphs: Sequence[Paragraph], encoder: Encoder, folder: Path, fingerprint: str) -> None:
     """Writes the folder of a shard, whole or not at all: text.txt (paragraphs, one a line), paragraphs.npy (number,
-    chapter, first byte), passages.npy (row in paragraphs.npy, first byte, end), lexical/, vectors.usearch and
+    chapter, first byte), plain.npy (`plain` of them all), passages.npy (row in paragraphs.npy, first byte,
+    end, first place in plain.npy, end), lexical/, vectors.usearch and
     shard.json."""
     from usearch.index import Index
 
@@ -105,25 +106,31 @@ def build_shard(paragraphs: Sequence[Paragraph], encoder: Encoder, folder: Path,
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
     chapters: dict[tuple[int, str], int] = {}
-    rows, begins, place = [], [], 0
+    rows, begins, place, plain_place = [], [], 0, 0
+    every = []
     for p in paragraphs:
         rows.append((p.number, chapters.setdefault((p.chapter_number, p.chapter), len(chapters)), place))
-        begins.append(place)
+        begins.append((place, plain_place))
+        every.append(plain(p.text))
         place += len(p.text.encode()) + 1
-    spans = passages(paragraphs)
-    places = []
-    for span in spans:
-        text = paragraphs[span.paragraph].text
-        start = begins[span.paragraph] + len(text[: span.start].encode())
-        places.append((span.paragraph, start, start + len(text[span.start : span.end].encode())))
-    texts = [paragraphs[span.paragraph].text[span.start : span.end] for span in spans]
+        plain_place += len(every[-1])
+    places, texts = [], []
+    for span in passages(paragraphs):
+        text, (begin, plain_begin) = paragraphs[span.paragraph].text, begins[span.paragraph]
+        start, plain_start = begin + len(text[: span.start].encode()), plain_begin + len(plain(text[: span.start]))
+        texts.append(plain(text[span.start : span.end]))
+        end = start + len(text[span.start : span.end].encode())
+        places.append((span.paragraph, start, end, plain_start, plain_start + len(texts[-1])))
     write_whole(made / "text.txt", "".join(p.text + "\n" for p in paragraphs))
     np.save(made / "paragraphs.npy", np.array(rows, dtype=np.int64).reshape(-1, 3))
-    np.save(made / "passages.npy", np.array(places, dtype=np.int64).reshape(-1, 3))
+    np.save(made / "passages.npy", np.array(places, dtype=np.int64).reshape(-1, 5))
+    np.save(made / "plain.npy", np.concatenate(every))
     Lexical.build(texts).save(made / "lexical")
     index = Index(ndim=encoder.vectors.shape[1], metric="cos", dtype="f16")
     if texts:
-        index.add(np.arange(len(texts), dtype=np.uint64), encoder.texts(texts))
+        index.add(
+            np.arange(len(texts), dtype=np.uint64), encoder.bags([encoder.vocabulary.bag(text) for text in texts])
+        )
     index.save(str(made / "vectors.usearch"))
     about = {
         "book": paragraphs[0].book,
@@ -165,7 +172,17 @@ class Library:
         shard = int(np.searchsorted(self._first, number, "right")) - 1
         return self.shards[shard].passage(number - int(self._first[shard]))
 
-    def search(self, question: str, vector: NDArray[np.float32], count: int) -> list[tuple[int, float, float]]:
+    def plain(self, number: int) -> Plain:
+        """The characters of the passage of that number."""
+        shard = int(np.searchsorted(self._first, number, "right")) - 1
+        return self.shards[shard].plain(number - int(self._first[shard]))
+
+    def context(self, number: int) -> Plain:
+        """The characters of the passage of that number with those before and after it in its chapter."""
+        shard = int(np.searchsorted(self._first, number, "right")) - 1
+        return self.shards[shard].context(number - int(self._first[shard]))
+
+    def search(self, question: Grams, vector: NDArray[np.float32], count: int) -> list[tuple[int, float, float]]:
         """The `count` most similar by BM25 and as many by vector: (number, BM25, cosine or NaN), in no order."""
         lexical: dict[int, float] = {}
         dense: dict[int, float] = {}

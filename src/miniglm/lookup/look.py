@@ -88,7 +88,7 @@ class Look:
 def look(question: str, encoder: Encoder, memory: Memory, library: Library) -> Look:
     """The candidates of both memories with their features."""
     query = Query(question, encoder)
-    facts = fact_candidates(query, memory)
+    facts = fact_candidates(query, memory, library)
     near = [memory.facts[n].passage for n in facts.numbers[:5]]
     passages, texts = passage_candidates(query, library, near)
     return Look(query, facts, passages, texts)
@@ -102,7 +102,7 @@ def ranked(scores: Floats) -> NDArray[np.int64]:
 def signals(found: Look, fact_scores: Floats, passage_scores: Floats) -> tuple[Floats, Floats]:
     """What confidence is judged by: of facts, then passages, then the question; and the same without the facts."""
     passage = _of_best(found.passages, passage_scores, PASSAGE_FEATURES, _PASSAGE_SIGNALS)
-    question = [found.query.unknown(), len(found.query.grams) / 50]
+    question = [found.query.unknown(), len(found.query.distinct) / 50]
     fact = _of_best(found.facts, fact_scores, FACT_FEATURES, _FACT_SIGNALS)
     return (
         np.array([*fact, *passage, *question], dtype=np.float32),

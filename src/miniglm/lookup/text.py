@@ -74,10 +74,33 @@ def passages(paragraphs: Sequence[Paragraph]) -> list[Span]:
     return found
 
 
-def grams(text: str) -> list[str]:
-    """The text's characters and pairs of neighbouring characters, without punctuation, in one form."""
-    units = bare(text)
-    return [*units, *(units[i : i + 2] for i in range(len(units) - 1))]
+Plain = NDArray[np.uint16]
+"""A text's characters without punctuation, in one form, by their code. Those beyond the basic plane, which no common
+word needs, share codes."""
+Grams = NDArray[np.uint32]
+"""Characters and pairs of neighbouring characters by number: a pair's is 65,536 or more."""
+
+
+def plain(text: str) -> Plain:
+    """The text's characters without punctuation, in one form."""
+    return np.frombuffer(bare(text).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint16)
+
+
+def grams(text: Plain) -> Grams:
+    """The text's characters, then the pairs of neighbours, with repetitions."""
+    units = text.astype(np.uint32)
+    return np.concatenate([units, (units[:-1] + 1 << 16) | units[1:]])
+
+
+def pairs(found: Grams) -> NDArray[np.bool_]:
+    """Which of them are pairs."""
+    return found >= 1 << 16
+
+
+def triples(text: Plain) -> NDArray[np.uint64]:
+    """The distinct runs of three characters, by number."""
+    units = text.astype(np.uint64)
+    return np.unique(units[:-2] << 32 | units[1:-1] << 16 | units[2:])
 
 
 def kinds(question: str) -> NDArray[np.float32]:
@@ -85,7 +108,7 @@ def kinds(question: str) -> NDArray[np.float32]:
     return np.array([pattern.search(question) is not None for pattern in _KIND_PATTERNS], dtype=np.float32)
 
 
-PERSON, NUMBER, REASON = 0, 1, 4
+PERSON, NUMBER, REASON, SPEECH = 0, 1, 4, 6
 """Places of some kinds in what `kinds` gives."""
 
 

@@ -450,7 +450,7 @@ def read_examples(path: str | Path, *, allow_bad: bool = False, need_answer: boo
 def to_row(example: Example) -> dict[str, object]:
     """An example in a form that `read_examples` reads back."""
     if len(example.turns) == 1 and not example.system:
-        kept = {k: v for k, v in example.extra.items() if k in ("chapter", "evidence")}
+        kept = {k: v for k, v in example.extra.items() if k in ("chapter", "evidence", "part", "topic", "kind")}
         row: dict[str, object] = {"question": example.question, "answer": example.answer} | kept
     else:
         messages = [{"role": "system", "content": example.system}] if example.system else []
