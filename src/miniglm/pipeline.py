@@ -56,7 +56,14 @@ FROZEN = (
 """Which parts of a recipe have shaped what is on disk once a file is there: these an existing run does not change."""
 MAY_CHANGE = ("qa.allow_bad_lines", *LENGTHS)
 """Ends of the keys among them that it changes all the same."""
-TITLES = {"prepare": "语料和问答", "tokenize": "分词", "pretrain": "预训练", "finetune": "微调", "index": "查找", "evaluate": "评测"}
+TITLES = {
+    "prepare": "语料和问答",
+    "tokenize": "分词",
+    "pretrain": "预训练",
+    "finetune": "微调",
+    "index": "查找",
+    "evaluate": "评测",
+}
 EVALUATION_ROWS = 32
 
 
@@ -173,9 +180,7 @@ def prepare(run: Run) -> None:
         files: list[str] = getattr(given_qa, name)
         sets[name] = []
         for file in files:
-            found = read_examples(
-                Path(file), need_answer=name != "outside", allow_bad=given_qa.allow_bad_lines
-            )
+            found = read_examples(Path(file), need_answer=name != "outside", allow_bad=given_qa.allow_bad_lines)
             for bad in found.rejected:
                 say(f"跳过 {bad.path} 第 {bad.line} 行：{bad.reason}")
             sets[name] += found.examples

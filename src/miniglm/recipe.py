@@ -105,9 +105,7 @@ class QARecipe(Section):
         default_factory=lambda data: [default_qa()["unseen"]] if data.get("train") == [default_qa()["train"]] else []
     )
     outside: list[Text] = Field(
-        default_factory=lambda data: (
-            [default_qa()["outside"]] if data.get("train") == [default_qa()["train"]] else []
-        )
+        default_factory=lambda data: [default_qa()["outside"]] if data.get("train") == [default_qa()["train"]] else []
     )
     allow_bad_lines: bool = False
 

@@ -15,7 +15,7 @@ from miniglm.errors import MiniGLMError
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.facts import Memory
 from miniglm.lookup.library import Library, Passage
-from miniglm.lookup.look import Judge, look, ranked, signals
+from miniglm.lookup.look import Judge, Look, look, ranked, signals
 
 NOT_FOUND = "书中没有找到相关内容"
 SHOWN = 5
@@ -102,16 +102,23 @@ class Answerer:
     def answer(self, question: str) -> Answer:
         """The answer, refused where the judge holds that the books have none. At most `SHOWN` citations that do not
         overlap, the one it rests on first."""
+        return self.decide(self.look(question))
+
+    def look(self, question: str) -> Look:
+        """What both memories have for the question."""
+        return look(question, self.encoder, self.memory, self.library)
+
+    def decide(self, found: Look) -> Answer:
+        """The answer to a question from what was found for it."""
         judge = self.judge
-        found = look(question, self.encoder, self.memory, self.library)
         facts, passages = judge.fact_ranker(found.facts.features), judge.passage_ranker(found.passages.features)
         full, plain = signals(found, facts, passages)
         if len(facts):
             inside, threshold = float(judge.inside(full)), judge.threshold
-            sure_fact, sure_quote = _share(judge.fact_right(full)), _share(judge.passage_right(full))
+            sure_fact, sure_quote = _share(float(judge.fact_right(full))), _share(float(judge.passage_right(full)))
         else:
             inside, threshold = float(judge.inside_passages(plain)), judge.threshold_passages
-            sure_fact, sure_quote = 0.0, _share(judge.inside_passages(plain))
+            sure_fact, sure_quote = 0.0, _share(float(judge.inside_passages(plain)))
         order = ranked(passages)
         shares = np.exp(passages[order] - passages[order[0]]) if len(order) else np.zeros(0)
         shares = shares / max(float(shares.sum()), 1e-9)
@@ -127,7 +134,7 @@ class Answerer:
 
 
 def _share(log_odds: float) -> float:
-    return float(1 / (1 + np.exp(-np.clip(float(log_odds), -30, 30))))
+    return float(1 / (1 + np.exp(-np.clip(log_odds, -30, 30))))
 
 
 def _cite(found: list[tuple[Passage, float]]) -> tuple[Citation, ...]:

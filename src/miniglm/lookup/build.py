@@ -35,7 +35,7 @@ FORMAT = 1
 BATCH = 256
 MOST_TEXT = 3_000_000
 """Characters of the books that the encoder learns from at most; all of them are indexed."""
-WITHHELD, UNTAUGHT = 500, 150
+WITHHELD, UNTAUGHT = 400, 120
 """Facts of which one phrasing, and of which all, are kept from the encoder to learn the choice on."""
 FEWEST = 100
 """Withheld questions below which the shipped choice serves, learnt on 《三国演义》."""

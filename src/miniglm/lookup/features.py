@@ -111,8 +111,9 @@ class Query:
         numbers = vocabulary.numbers(np.concatenate(each))
         weights = np.where(numbers == UNKNOWN, vocabulary.rarest, vocabulary.idf[numbers])
         sums = np.array([part.sum() for part in np.split(weights, _starts(each)[1:])])
-        both: Floats = 2 * (self.held(each).astype(np.float32) @ self.weights)
-        return both / np.maximum(sums + self.weights.sum(), 1e-6)
+        both = 2 * (self.held(each).astype(np.float32) @ self.weights)
+        dice: Floats = both / np.maximum(sums + self.weights.sum(), 1e-6)
+        return dice
 
 
 def _starts(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:

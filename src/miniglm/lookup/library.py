@@ -55,10 +55,12 @@ class Shard:
 
         try:
             self.about: dict[str, Any] = json.loads((folder / "shard.json").read_text("utf-8"))
-            self._paragraphs = np.load(folder / "paragraphs.npy", mmap_mode="r")
-            self._passages = np.load(folder / "passages.npy", mmap_mode="r")
-            self._text = np.memmap(folder / "text.txt", dtype=np.uint8, mode="r")
-            self._plain = np.load(folder / "plain.npy", mmap_mode="r")
+            # Plain arrays over the mapped files: np.memmap's own slicing is slow.
+            self._paragraphs, self._passages, self._plain = (
+                np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+                for name in ("paragraphs", "passages", "plain")
+            )
+            self._text = np.memmap(folder / "text.txt", dtype=np.uint8, mode="r").view(np.ndarray)
             self.size = len(self._passages)
             self.lexical = Lexical.load(folder / "lexical", self.size)
             self.vectors: Any = Index.restore(str(folder / "vectors.usearch"), view=True)

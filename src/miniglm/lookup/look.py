@@ -67,12 +67,11 @@ class Judge:
         """
         if (tuple(data["fact_features"]), tuple(data["passage_features"])) != (FACT_FEATURES, PASSAGE_FEATURES):
             raise ValueError("features of another version")
-        return cls(
-            **{
-                name: float(data[name]) if name.startswith("threshold") else Linear.from_json(data[name])
-                for name in cls.__slots__
-            }
-        )
+        parts: dict[str, Any] = {
+            name: float(data[name]) if name.startswith("threshold") else Linear.from_json(data[name])
+            for name in cls.__slots__
+        }
+        return cls(**parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,8 @@ class Linear:
 
     def __call__(self, features: Floats) -> Floats:
         """(…, features) to (…)."""
-        scores: Floats = ((features - self.mean) / self.spread) @ self.weights + np.float32(self.bias)
-        return scores
+        scores = ((features - self.mean) / self.spread) @ self.weights + self.bias
+        return scores.astype(np.float32)
 
     def to_json(self) -> dict[str, Any]:
         """Lists of numbers."""
