@@ -28,7 +28,7 @@ from miniglm.files import write_whole
 from miniglm.lookup.answer import Answer, Answerer
 from miniglm.lookup.features import Query
 from miniglm.lookup.library import Library, build_library
-from miniglm.lookup.look import Look, look, ranked
+from miniglm.lookup.look import Look, ranked
 from miniglm.lookup.measure import measure
 from miniglm.qa.formats import Example, read_examples
 from miniglm.qa.text import bare
@@ -105,50 +105,43 @@ def quality(run: Path) -> dict[str, Any]:
             if split["name"] in ("validation", "unseen"):
                 name = "val" if split["name"] == "validation" else "unseen"
                 table.setdefault("closed book", {})[f"{name} keys"] = split["scores"]["key_accuracy"]
-    chosen = [
-        (e, fact_orders(answerer, look(e.question, answerer.encoder, answerer.memory, answerer.library))) for e in val
-    ]
-    for name in chosen[0][1]:
-        answers = [[answerer.memory.facts[n].answer for n in order[name]] for _, order in chosen]
-        add(name, "val keys", [holds_keys(a[0], e.keys) for (e, _), a in zip(chosen, answers, strict=True)])
-        add(name, "val fact in 5", [e.answer in a for (e, _), a in zip(chosen, answers, strict=True)])
-    quoted = [
-        (e, passage_orders(answerer, look(e.question, answerer.encoder, answerer.memory, answerer.library)))
-        for e in unseen
-    ]
-    for name in quoted[0][1]:
-        add(name, "unseen keys", [holds_keys(t[name][0], e.keys) for e, t in quoted])
-        evidence = [(bare(str(e.extra["evidence"])), [bare(text) for text in t[name]]) for e, t in quoted]
-        add(name, "unseen evidence first", [own in texts[0] for own, texts in evidence])
-        add(name, "unseen evidence in 5", [any(own in text for text in texts) for own, texts in evidence])
     timed: list[float] = []
 
-    def ask(examples: list[Example]) -> list[Answer]:
-        found = []
+    def find(examples: list[Example]) -> tuple[list[Look], list[Answer]]:
+        looks, given = [], []
         for e in examples:
             begun = time.perf_counter()
-            found.append(answerer.answer(e.question))
+            looks.append(answerer.look(e.question))
+            given.append(answerer.decide(looks[-1]))
             timed.append(time.perf_counter() - begun)
-        return found
+        return looks, given
 
-    for name, examples in (("val", val), ("unseen", unseen)):
-        answers_given = ask(examples)
-        found = measure(examples, answers_given)
-        row = table.setdefault("answers as given", {})
-        row |= {
-            f"{name} keys": found["key_accuracy"],
-            f"{name} evidence in 5": found["evidence_shown"],
-            f"{name} refused": found["refused"],
-            f"{name} quoted": found["quoted"],
-        }
-    refused = ask(test)
-    table["answers as given"]["outside refused"] = shares([a.refused for a in refused])
-    for kind in dict.fromkeys(str(e.extra["kind"]) for e in test):
-        add(
-            "answers as given",
-            f"outside refused: {kind}",
-            [a.refused for e, a in zip(test, refused, strict=True) if e.extra["kind"] == kind],
-        )
+    given: dict[str, Any] = {}
+    for name, examples in (("val", val), ("unseen", unseen), ("outside", test)):
+        looks, answers = find(examples)
+        found = measure(examples, answers)
+        given |= {f"{name} refused": found["refused"], f"{name} quoted": found["quoted"]}
+        if name == "outside":
+            for kind in dict.fromkeys(str(e.extra["kind"]) for e in test):
+                own = [a.refused for e, a in zip(test, answers, strict=True) if e.extra["kind"] == kind]
+                given[f"outside refused: {kind}"] = shares(own)
+            continue
+        given |= {f"{name} keys": found["key_accuracy"], f"{name} evidence in 5": found["evidence_shown"]}
+        ways = [fact_orders(answerer, one) for one in looks] if name == "val" else []
+        for way in ways[0] if ways else ():
+            told = [[answerer.memory.facts[n].answer for n in order[way]] for order in ways]
+            add(way, "val keys", [holds_keys(t[0], e.keys) for e, t in zip(val, told, strict=True)])
+            add(way, "val fact in 5", [e.answer in t for e, t in zip(val, told, strict=True)])
+        quotes = [passage_orders(answerer, one) for one in looks] if name == "unseen" else []
+        for way in quotes[0] if quotes else ():
+            evidence = [
+                (bare(str(e.extra["evidence"])), [bare(text) for text in texts[way]])
+                for e, texts in zip(unseen, quotes, strict=True)
+            ]
+            add(way, "unseen keys", [holds_keys(t[way][0], e.keys) for e, t in zip(unseen, quotes, strict=True)])
+            add(way, "unseen evidence first", [own in texts[0] for own, texts in evidence])
+            add(way, "unseen evidence in 5", [any(own in text for text in texts) for own, texts in evidence])
+    table["answers as given"] = given
     return {
         "index": json.loads((run / "index" / "index.json").read_text("utf-8")),
         "table": table,

@@ -263,7 +263,9 @@ def learn(
     right = [np.array([memory.facts[n].answer == fact.answer for n in found.facts.numbers]) for found, fact in old]
     tells = [_tells(found, fact) for found, fact in new]
     fact_ranker = fit_ranker([(found.facts.features, hit) for (found, _), hit in zip(old, right, strict=True)])
-    passage_ranker = fit_ranker([(found.passages.features, hit) for (found, _), hit in zip(new, tells, strict=True)])
+    passage_ranker = fit_ranker(
+        [(found.passages.features, hit) for (found, _), hit in zip(new, tells, strict=True)], rising=True
+    )
 
     every = [found for found, _ in (*old, *new)] + none
     scores = [(fact_ranker(found.facts.features), passage_ranker(found.passages.features)) for found in every]

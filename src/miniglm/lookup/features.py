@@ -48,7 +48,7 @@ PASSAGE_FEATURES = (
     "bm25", "cos", "cos_context", "gap", "gap_context",
     "cover", "cover_context", "cover_pairs", "cover_pairs_context", "triples", "triples_context",
     "soft",
-    "number", "speech", "fact_context",
+    "number", "speech",
 )  # fmt: skip
 
 
@@ -181,12 +181,8 @@ def fact_candidates(query: Query, memory: Memory, library: Library) -> Candidate
     return Candidates(chosen, np.stack(columns, axis=1).astype(np.float32))
 
 
-def passage_candidates(query: Query, library: Library, facts: Sequence[int] = ()) -> tuple[Candidates, list[Passage]]:
-    """The first choice among the passages, its features, and the passages themselves.
-
-    Args:
-        facts: passages of the facts that were found for the question, the likeliest first.
-    """
+def passage_candidates(query: Query, library: Library) -> tuple[Candidates, list[Passage]]:
+    """The first choice among the passages, its features, and the passages themselves."""
     found = library.search(query.grams, query.vector, PASSAGES) if library.size else []
     if not found:
         return Candidates(np.zeros(0, dtype=np.int64), np.zeros((0, len(PASSAGE_FEATURES)), dtype=np.float32)), []
@@ -213,6 +209,5 @@ def passage_candidates(query: Query, library: Library, facts: Sequence[int] = ()
         query.soft([vocabulary.bag(text) for text in own]),
         query.kinds[NUMBER] * np.array([has_numeral(p.text) for p in texts]),
         query.kinds[SPEECH] * np.array(["曰" in p.text or "道：" in p.text for p in texts]),
-        [1.0 / (1 + facts.index(n)) if n in facts else 0.0 for n, *_ in found],
     ]  # fmt: skip
     return Candidates(np.array([n for n, *_ in found]), np.stack(columns, axis=1).astype(np.float32)), texts

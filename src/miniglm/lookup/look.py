@@ -88,8 +88,7 @@ def look(question: str, encoder: Encoder, memory: Memory, library: Library) -> L
     """The candidates of both memories with their features."""
     query = Query(question, encoder)
     facts = fact_candidates(query, memory, library)
-    near = [memory.facts[n].passage for n in facts.numbers[:5]]
-    passages, texts = passage_candidates(query, library, near)
+    passages, texts = passage_candidates(query, library)
     return Look(query, facts, passages, texts)
 
 

@@ -12,11 +12,16 @@ import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+FARTHEST = 3.0
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A weighted sum of standardized features: (x − mean) / spread · weights + bias."""
+    """A weighted sum of standardized features: (x − mean) / spread · weights + bias.
+
+    A feature that is farther from the mean than `FARTHEST` spreads counts as that far: on a book that is unlike the
+    one it was learnt on, none alone decides.
+    """
 
     mean: Floats
     spread: Floats
@@ -25,8 +30,8 @@ class Linear:
 
     def __call__(self, features: Floats) -> Floats:
         """(…, features) to (…)."""
-        scores = ((features - self.mean) / self.spread) @ self.weights + self.bias
-        return scores.astype(np.float32)
+        scores = _standard(features, self.mean, self.spread) @ self.weights + self.bias
+        return np.asarray(scores, dtype=np.float32)
 
     def to_json(self) -> dict[str, Any]:
         """Lists of numbers."""
@@ -40,12 +45,19 @@ class Linear:
         return cls(mean, spread, weights, float(data["bias"]))
 
 
-def fit_ranker(lists: Sequence[tuple[Floats, NDArray[np.bool_]]], decay: float = 1e-2) -> Linear:
+def _standard(features: Floats, mean: Floats, spread: Floats) -> Floats:
+    return np.clip((features - mean) / spread, -FARTHEST, FARTHEST).astype(np.float32)
+
+
+def fit_ranker(
+    lists: Sequence[tuple[Floats, NDArray[np.bool_]]], *, rising: bool = False, decay: float = 1e-2
+) -> Linear:
     """Weights under which right candidates come first: softmax over each list's candidates, −log of the right ones'
     share (Cao et al. 2007, ListNet's top-one form), with an L2 penalty.
 
     Args:
         lists: of each question (candidates, features) and which candidates are right. Lists with none are left out.
+        rising: no feature may speak against a candidate; does better where lists are few or right ones uncertain.
 
     Raises:
         ValueError: no list has a right candidate.
@@ -59,23 +71,27 @@ def fit_ranker(lists: Sequence[tuple[Floats, NDArray[np.bool_]]], decay: float =
     padded = np.zeros((len(lists), longest, every.shape[1]), dtype=np.float32)
     right, there = np.zeros((len(lists), longest), dtype=bool), np.zeros((len(lists), longest), dtype=bool)
     for n, (x, hit) in enumerate(lists):
-        padded[n, : len(x)], right[n, : len(x)], there[n, : len(x)] = (x - mean) / spread, hit, True
+        padded[n, : len(x)], right[n, : len(x)], there[n, : len(x)] = _standard(x, mean, spread), hit, True
     features, hits, real = torch.from_numpy(padded), torch.from_numpy(right), torch.from_numpy(there)
-    weights = torch.zeros(every.shape[1], requires_grad=True)
+    free = torch.zeros(every.shape[1], requires_grad=True)
+
+    def weights_now() -> torch.Tensor:
+        return torch.nn.functional.softplus(free - 2) if rising else free
 
     def loss() -> torch.Tensor:
+        weights = weights_now()
         scores = (features @ weights).masked_fill(~real, -torch.inf)
         share = torch.logsumexp(scores.masked_fill(~hits, -torch.inf), 1) - torch.logsumexp(scores, 1)
         return -share.mean() + decay * weights.square().sum()
 
-    _minimize(loss, [weights])
-    return Linear(mean, spread, weights.detach().numpy())
+    _minimize(loss, [free])
+    return Linear(mean, spread, weights_now().detach().numpy())
 
 
 def fit_logistic(features: Floats, target: NDArray[np.bool_], decay: float = 1e-2) -> Linear:
     """Logistic regression, both classes weighing the same, with an L2 penalty."""
     mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-6
-    x, y = torch.from_numpy((features - mean) / spread), torch.from_numpy(target.astype(np.float32))
+    x, y = torch.from_numpy(_standard(features, mean, spread)), torch.from_numpy(target.astype(np.float32))
     share = float(np.clip(y.mean(), 1e-3, 1 - 1e-3))
     each = torch.where(y > 0, 0.5 / share, 0.5 / (1 - share))
     weights, bias = torch.zeros(features.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
