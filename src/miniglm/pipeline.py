@@ -382,6 +382,13 @@ def finetune(run: Run, seconds: float | None = None) -> None:
     save_model(run.path / "model", best, tokenizer)
 
 
+def paragraphs_of(run: Run) -> list[Paragraph]:
+    """All paragraphs of the run's corpus, of both parts, each book's in order."""
+    found = [p for name in ("train", "validation") for p in read_paragraphs(run.path / "corpus" / f"{name}.jsonl")]
+    order = {book: number for number, book in enumerate(dict.fromkeys(p.book for p in found))}
+    return sorted(found, key=lambda p: (order[p.book], p.number))
+
+
 def index(run: Run, seconds: float | None = None) -> None:
     """Lays down what answers are looked up in: RUN/index, from the corpus and the training questions. Needs no model.
 
@@ -397,13 +404,10 @@ def index(run: Run, seconds: float | None = None) -> None:
     begun = time.monotonic()
     if seconds is None:
         seconds = 60 * ENCODER_SHARE * (run.recipe.run.minutes or 10)
-    paragraphs = [p for name in ("train", "validation") for p in read_paragraphs(run.path / "corpus" / f"{name}.jsonl")]
-    order = {book: number for number, book in enumerate(dict.fromkeys(p.book for p in paragraphs))}
-    paragraphs.sort(key=lambda p: (order[p.book], p.number))
     outside = [e.question for e in examples(run, "outside") if e.extra.get("part") != "test"]
     with count_bar("查找的编码器", 100) as bar:
         made = build_index(
-            paragraphs,
+            paragraphs_of(run),
             examples(run, "train"),
             outside,
             run.path / "index",

@@ -178,8 +178,7 @@ def build_index(
         What index.json holds: counts, seconds, and how the choice does on the withheld questions.
     """
     begun = time.monotonic()
-    texts = [paragraphs[span.paragraph].text[span.start : span.end] for span in passages(paragraphs)]
-    facts = locate(facts_of(examples), texts)
+    facts = locate_all(paragraphs, examples)
     withheld = withhold(facts, seed)
     encoder = train(paragraphs, facts, withheld, seconds=seconds, seed=seed, progress=progress)
     trained = time.monotonic()
@@ -205,6 +204,12 @@ def build_index(
     }
     write_whole(folder / "index.json", json.dumps(about, ensure_ascii=False, indent=2) + "\n")
     return about
+
+
+def locate_all(paragraphs: Sequence[Paragraph], examples: Sequence[Example]) -> list[Fact]:
+    """The examples' facts with their passages."""
+    texts = [paragraphs[span.paragraph].text[span.start : span.end] for span in passages(paragraphs)]
+    return locate(facts_of(examples), texts)
 
 
 def train(
@@ -248,10 +253,21 @@ def _tells(found: Look, fact: Fact) -> NDArray[np.bool_]:
 
 
 def learn(
-    encoder: Encoder, library: Library, facts: Sequence[Fact], withheld: Withheld, outside: Sequence[str]
+    encoder: Encoder,
+    library: Library,
+    facts: Sequence[Fact],
+    withheld: Withheld,
+    outside: Sequence[str],
+    *,
+    portable: bool = False,
 ) -> tuple[Judge, dict[str, Any]]:
     """The choice and its confidence, from the withheld questions, and how they do on these; the shipped ones where
-    there are too few. Without questions from outside the threshold is the shipped one's."""
+    there are too few. Without questions from outside, refusal is the shipped one's with a threshold of its own.
+
+    Args:
+        portable: facts are chosen by features that may only speak for them, which does a little worse on this book and
+            better on others: for the judge that is shipped.
+    """
     untaught = [(q, fact) for fact in withheld.untaught for q in fact.questions]
     if min(len(withheld.reworded), len(untaught)) < FEWEST or not library.size:
         return shipped_judge(), {}
@@ -262,7 +278,9 @@ def learn(
 
     right = [np.array([memory.facts[n].answer == fact.answer for n in found.facts.numbers]) for found, fact in old]
     tells = [_tells(found, fact) for found, fact in new]
-    fact_ranker = fit_ranker([(found.facts.features, hit) for (found, _), hit in zip(old, right, strict=True)])
+    fact_ranker = fit_ranker(
+        [(found.facts.features, hit) for (found, _), hit in zip(old, right, strict=True)], rising=portable
+    )
     passage_ranker = fit_ranker(
         [(found.passages.features, hit) for (found, _), hit in zip(new, tells, strict=True)], rising=True
     )

@@ -140,6 +140,8 @@ class Memory:
                 row |= {"questions": tuple(row["questions"]), "keys": tuple(map(tuple, row["keys"]))}
                 facts.append(Fact(**row))
             vectors = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FIELDS}
+            if len(facts) != len(vectors["answers"]):
+                raise ValueError(f"有 {len(facts)} 个事实，向量有 {len(vectors['answers'])} 行")
             lexical = [Lexical.load(folder / name, len(facts)) for name in ("told", "wide")]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise MiniGLMError(f"检索的问答读不出来（{error}）", path=folder, fix="请重新运行 miniglm index") from None

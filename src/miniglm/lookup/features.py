@@ -42,7 +42,7 @@ FACT_FEATURES = (
     "cover_told", "cover_context", "cover_either", "cover_answer",
     "soft_told",
     "dice_question", "answer_in_question",
-    "kind_shared", "kind_distance", "number", "person", "person_no", "reason",
+    "kind_shared", "kind_nearness", "number", "person", "person_missing", "reason",
 )  # fmt: skip
 PASSAGE_FEATURES = (
     "bm25", "cos", "cos_context", "gap", "gap_context",
@@ -173,9 +173,9 @@ def fact_candidates(query: Query, memory: Memory, library: Library) -> Candidate
         query.cover(in_told), query.cover(in_context), query.cover(in_told | in_context),
         query.cover(query.held(answers)), soft, dice, repeated,
         [(own @ query.kinds).max() / max(1.0, float(query.kinds.sum())) for own in asked],
-        [np.abs(own - query.kinds).sum(axis=1).min() for own in asked],
+        [-np.abs(own - query.kinds).sum(axis=1).min() for own in asked],
         query.kinds[NUMBER] * number,
-        query.kinds[PERSON] * person, query.kinds[PERSON] * (1 - person),
+        query.kinds[PERSON] * person, query.kinds[PERSON] * (person - 1),
         query.kinds[REASON] * reason,
     ]  # fmt: skip
     return Candidates(chosen, np.stack(columns, axis=1).astype(np.float32))

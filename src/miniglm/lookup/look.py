@@ -25,7 +25,7 @@ from miniglm.lookup.ranking import Linear
 
 Floats = NDArray[np.float32]
 _FACT_SIGNALS = ("cos_question", "cos_answer", "cos_together", "cover_told", "cover_either", "soft_told", "dice_question",
-                 "answer_in_question", "kind_distance")  # fmt: skip
+                 "answer_in_question", "kind_nearness")  # fmt: skip
 _PASSAGE_SIGNALS = ("cos", "cos_context", "cover", "cover_context", "cover_pairs", "cover_pairs_context",
                     "triples_context", "soft")  # fmt: skip
 
