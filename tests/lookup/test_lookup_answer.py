@@ -27,7 +27,8 @@ STORY = [
 
 
 def _book(title: str, story: list[tuple[str, str]]) -> list[Paragraph]:
-    found, before, chapter = [], "", 0
+    found: list[Paragraph] = []
+    before, chapter = "", 0
     for heading, text in story:
         if heading != before:
             before, chapter = heading, chapter + 1

@@ -39,7 +39,7 @@ WITHHELD, UNTAUGHT = 400, 120
 """Facts of which one phrasing, and of which all, are kept from the encoder to learn the choice on."""
 FEWEST = 100
 """Withheld questions below which the shipped choice serves, learnt on 《三国演义》."""
-REFUSED = 0.03
+REFUSED = 0.015
 """Share of the withheld questions that the threshold refuses."""
 
 

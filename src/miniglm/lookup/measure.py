@@ -31,13 +31,17 @@ def shows_evidence(answer: Answer, evidence: str) -> bool:
 
 
 def measure(examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str, Any]:
-    """Shares with their 95 % intervals: `key_accuracy` of questions with keys, `evidence_shown` among the citations of
-    those with evidence, `refused`, and `quoted` (answered by a passage) of all; None where there is no such question.
+    """Shares with their 95 % intervals, None where there is no such question: `key_accuracy` of questions with keys by
+    the answer alone, `key_shown` by the answer with its first two citations; `evidence_shown` among the citations of
+    those with evidence; `refused`, and `quoted` (answered by a passage), of all.
     """
     pairs = list(zip(examples, answers, strict=True))
     evidence = [(e.extra.get("evidence"), a) for e, a in pairs]
     values = {
         "key_accuracy": [holds_keys(a.text, e.keys) for e, a in pairs if e.keys],
+        "key_shown": [
+            holds_keys("\n".join([a.text, *(c.text for c in a.citations[:2])]), e.keys) for e, a in pairs if e.keys
+        ],
         "evidence_shown": [shows_evidence(a, text) for text, a in evidence if isinstance(text, str) and text],
         "refused": [a.refused for a in answers],
         "quoted": [a.kind == "quote" for a in answers],

@@ -46,7 +46,8 @@ class Linear:
 
 
 def _standard(features: Floats, mean: Floats, spread: Floats) -> Floats:
-    return np.clip((features - mean) / spread, -FARTHEST, FARTHEST).astype(np.float32)
+    clipped: Floats = np.clip((features - mean) / spread, -FARTHEST, FARTHEST).astype(np.float32)
+    return clipped
 
 
 def fit_ranker(
