@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from miniglm.generation import Engine, SamplingSettings
+from miniglm.lookup.answer import Answer, Answerer
 from miniglm.model import GLM
 from miniglm.qa.formats import Example
 from miniglm.qa.questions import normalize_question
@@ -137,8 +138,51 @@ def terminal_chat(
     write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
 ) -> None:
     """Asks and answers until Ctrl-D or /exit. Ctrl-C stops an answer; at the prompt it ends the chat."""
-    session = ChatSession(model, tokenizer, settings, remember=remember)
-    clear = "/clear 忘掉前面的对话，" if remember else ""  # nothing to forget where each question stands alone
+    _converse(ChatSession(model, tokenizer, settings, remember=remember), remember > 0, read, write)
+
+
+class BookSession:
+    """Answers from the book, each question by itself."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self.answerer = answerer
+
+    def clear(self) -> None:
+        """Nothing is remembered."""
+
+    def reply(self, question: str) -> Iterator[str]:
+        """The answer with its sources, in one piece."""
+        yield with_sources(self.answerer.answer(question))
+
+
+def terminal_lookup(
+    answerer: Answerer,
+    *,
+    read: Callable[[str], str] = input,
+    write: Callable[[str], None] = lambda text: print(text, end="", flush=True),
+) -> None:
+    """As `terminal_chat`, with answers from the book."""
+    _converse(BookSession(answerer), False, read, write)
+
+
+def with_sources(answer: Answer) -> str:
+    """An answer for the terminal: its text, then where the book says so, or what of it is nearest."""
+    best = answer.citations[:1]
+    if answer.kind == "quote":
+        return f"{best[0].label}{answer.text}"
+    if answer.refused:
+        near = "".join(f"\n{c.label}{c.text}" for c in answer.citations[:3])
+        return answer.text + ("。最接近的段落：" + near if near else "。")
+    return answer.text + "".join(f"\n{c.label}{c.text}" for c in best)
+
+
+def _converse(
+    session: ChatSession | BookSession,
+    remembers: bool,
+    read: Callable[[str], str],
+    write: Callable[[str], None],
+) -> None:
+    clear = "/clear 忘掉前面的对话，" if remembers else ""  # nothing to forget where each question stands alone
     write(f"问它关于书的问题。{clear}/exit 或 Ctrl-D 结束，Ctrl-C 打断回答。\n")
     while True:
         try:

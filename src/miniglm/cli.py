@@ -16,8 +16,12 @@ from miniglm import __version__
 from miniglm.errors import MiniGLMError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from miniglm.generation import SamplingSettings
+    from miniglm.lookup import Answerer
     from miniglm.pipeline import Run
+    from miniglm.qa.formats import Example
 
 # No telemetry from any library that a verb may load.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -176,6 +180,20 @@ def finetune(
     pipeline.finetune(run)
 
 
+@app.command()
+def index(
+    out: Out = Path("runs/default"),
+    recipe: RecipeFile = None,
+    minutes: Minutes = None,
+    book: BookOption = None,
+    qa: QAOption = None,
+) -> None:
+    """建立查找用的索引：回答时到书里找依据。不需要训练好的模型。"""
+    from miniglm import pipeline
+
+    pipeline.index(_open(out, recipe, minutes, book, qa))
+
+
 def _settings(
     tokenizer: Any, max_new_tokens: int, temperature: float, top_k: int, top_p: float, penalty: float, seed: int
 ) -> SamplingSettings:
@@ -271,6 +289,9 @@ def _sample_eval(run: Path, start: str, temperature: float, top_k: int, seed: in
     print(f"直方图 {run / 'rouge_l.png'}、{run / 'perplexity.png'}，数字 {run / 'sample_eval.json'}")
 
 
+ClosedBook = Annotated[bool, typer.Option("--closed-book", help="不查书，只凭模型的权重回答")]
+
+
 @app.command()
 def ask(
     run: RunArgument,
@@ -285,9 +306,10 @@ def ask(
     top_p: TopP = 1.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = 1337,
+    closed_book: ClosedBook = False,
     device: Device = None,
 ) -> None:
-    """问一个问题，或一个文件的问题。"""
+    """问一个问题，或一个文件的问题。有索引就到书里查，带出处；没有就由模型回答。"""
     if (question is None) == (file is None):
         raise MiniGLMError(
             "要么给一个问题，要么给 --file，不能都给或都不给", fix='例如 miniglm ask runs/demo "关羽字什么？"'
@@ -304,6 +326,12 @@ def ask(
         questions = list(found.examples)
     else:
         questions = [Example(turns=(Turn(question or "", ""),))]
+    from miniglm.pipeline import answerer_of
+
+    answerer = None if closed_book else answerer_of(run)
+    if answerer is not None:
+        _ask_book(answerer, questions, single=file is None, out=out)
+        return
     model, tokenizer = _load(run, device)
     settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     if file is None:
@@ -325,6 +353,34 @@ def ask(
             print(f"问：{q.question}\n答：{a}\n")
 
 
+def _ask_book(answerer: Answerer, questions: Sequence[Example], *, single: bool, out: Path | None) -> None:
+    """Answers from the book: printed, or with all citations into a file."""
+    from dataclasses import asdict
+
+    from miniglm.chat import with_sources
+    from miniglm.lookup.measure import answer_all
+    from miniglm.qa.formats import write_jsonl
+    from miniglm.ui import count_bar, say
+
+    if single:
+        print(with_sources(answerer.answer(questions[0].question)))
+        return
+    with count_bar("查书", len(questions)) as bar:
+        answers = answer_all(answerer, [q.question for q in questions], bar)
+    if out is None:
+        for q, a in zip(questions, answers, strict=True):
+            print(f"问：{q.question}\n答：{with_sources(a)}\n")
+        return
+    rows = [
+        dict(q.extra or {"question": q.question})
+        | {"prediction": a.text, "refused": a.refused, "citations": [asdict(c) for c in a.citations]}
+        for q, a in zip(questions, answers, strict=True)
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(out, rows)
+    say(f"{len(rows)} 个答案写到 {out}")
+
+
 @app.command()
 def chat(
     run: RunArgument,
@@ -337,11 +393,17 @@ def chat(
     turns: Annotated[
         int, typer.Option("--turns", min=0, help="提问时带上前面几轮；自带的问答都是单轮，带上反而答不好")
     ] = 0,
+    closed_book: ClosedBook = False,
     device: Device = None,
 ) -> None:
-    """在终端里和模型聊天。"""
-    from miniglm.chat import terminal_chat
+    """在终端里问答。有索引就到书里查，带出处；没有，或加 --closed-book，就和模型聊天。"""
+    from miniglm.chat import terminal_chat, terminal_lookup
+    from miniglm.pipeline import answerer_of
 
+    answerer = None if closed_book else answerer_of(run)
+    if answerer is not None:
+        terminal_lookup(answerer)
+        return
     model, tokenizer = _load(run, device)
     settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     terminal_chat(model, tokenizer, settings, remember=turns)

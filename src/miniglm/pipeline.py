@@ -39,6 +39,7 @@ from miniglm.evaluation.pictures import draw_losses
 from miniglm.files import check_digests, file_digests, keep_dated, read_json, write_json, write_whole
 from miniglm.locate import find_model as find_model
 from miniglm.locate import pick_device as pick_device
+from miniglm.lookup import Answerer, has_index
 from miniglm.model import GLM
 from miniglm.planning import LENGTHS, Plan, choose_precision, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
@@ -59,7 +60,14 @@ FROZEN = (
 """Which parts of a recipe have shaped what is on disk once a file is there: these an existing run does not change."""
 MAY_CHANGE = ("qa.allow_bad_lines", *LENGTHS)
 """Ends of the keys among them that it changes all the same."""
-TITLES = {"prepare": "语料和问答", "tokenize": "分词", "pretrain": "预训练", "finetune": "微调", "evaluate": "评测"}
+TITLES = {
+    "prepare": "语料和问答",
+    "tokenize": "分词",
+    "pretrain": "预训练",
+    "finetune": "微调",
+    "index": "查找",
+    "evaluate": "评测",
+}
 EVALUATION_ROWS = 32
 ENCODED_AT_ONCE = 2**20
 """Characters of a corpus that are encoded at once."""
@@ -171,10 +179,11 @@ def prepare(run: Run) -> None:
     sets: dict[str, list[Example]] = {}
     counts: dict[str, Any] = {}
     given_qa = run.recipe.qa
-    for name, files in (("train", given_qa.train), ("validation", given_qa.validation), ("unseen", given_qa.unseen)):
+    for name in ("train", "validation", "unseen", "outside"):
+        files: list[str] = getattr(given_qa, name)
         sets[name] = []
         for file in files:
-            found = read_examples(Path(file), allow_bad=given_qa.allow_bad_lines)
+            found = read_examples(Path(file), need_answer=name != "outside", allow_bad=given_qa.allow_bad_lines)
             for bad in found.rejected:
                 say(f"跳过 {bad.path} 第 {bad.line} 行：{bad.reason}")
             sets[name] += found.examples
@@ -223,9 +232,11 @@ def open_offline(path: Path, recipe: Recipe) -> Run:
 
 
 def examples(run: Run, name: str) -> list[Example]:
-    """The run's `train`, `validation` or `unseen` questions and answers; empty where it has none."""
+    """The run's `train`, `validation`, `unseen` or `outside` questions and answers; empty where it has none."""
     path = run.path / "qa" / f"{name}.jsonl"
-    return list(read_examples(path).examples) if path.exists() and path.stat().st_size else []
+    if not path.exists() or not path.stat().st_size:
+        return []
+    return list(read_examples(path, need_answer=name != "outside").examples)
 
 
 def _join(paragraphs: Sequence[Paragraph]) -> str:
@@ -457,6 +468,50 @@ def finetune(run: Run, seconds: float | None = None) -> None:
     save_model(run.path / "model", best, tokenizer)
 
 
+def paragraphs_of(run: Run) -> list[Paragraph]:
+    """All paragraphs of the run's corpus, of both parts, each book's in order."""
+    found = [p for name in ("train", "validation") for p in read_paragraphs(run.path / "corpus" / f"{name}.jsonl")]
+    order = {book: number for number, book in enumerate(dict.fromkeys(p.book for p in found))}
+    return sorted(found, key=lambda p: (order[p.book], p.number))
+
+
+def index(run: Run, seconds: float | None = None) -> None:
+    """Lays down what answers are looked up in: RUN/index, from the corpus and the training questions. Needs no model.
+
+    Args:
+        seconds: for training the encoder; default: `ENCODER_SHARE` of the recipe's minutes.
+    """
+    prepare(run)
+    if has_index(run.path / "index"):
+        run.skip("index")
+        return
+    from miniglm.lookup.build import build_index
+
+    begun = time.monotonic()
+    if seconds is None:
+        seconds = 60 * ENCODER_SHARE * (run.recipe.run.minutes or 10)
+    outside = [e.question for e in examples(run, "outside") if e.extra.get("part") != "test"]
+    with count_bar("查找的编码器", 100) as bar:
+        made = build_index(
+            paragraphs_of(run),
+            examples(run, "train"),
+            outside,
+            run.path / "index",
+            seconds=min(max(seconds, LEAST_ENCODER), MOST_ENCODER),
+            seed=run.recipe.run.seed,
+            progress=lambda share: bar(round(100 * share)),
+        )
+    run.note_stage("index", time.monotonic() - begun)
+    say(
+        f"查找完成：{made['passages']:,} 段书、{made['facts']:,} 个教过的事实，用时 {duration(time.monotonic() - begun)}"
+    )
+
+
+def answerer_of(path: Path) -> Answerer | None:
+    """What answers from the index of a run folder; None where it has none."""
+    return Answerer(path / "index") if has_index(path / "index") else None
+
+
 SPLITS = {
     "validation": ("验证题", "训练时教过的事实，换了没见过的问法"),
     "unseen": ("没教过的题", "训练问答里没有的事实，只有书里讲到"),
@@ -511,6 +566,8 @@ def evaluate(
         train=[] if run is None else examples(run, "train"),
         losses=stage_curves(path),
         earlier=before,
+        answerer=answerer_of(path),
+        outside=[] if run is None else [e for e in examples(run, "outside") if e.extra.get("part") == "test"],
     )
     return write_report(
         subject, parts, _text(run, text, tokenizer), settings, path / "report", resume=resume, bar=count_bar
@@ -590,6 +647,8 @@ def score(run: Run, *, limit: int | None = None) -> dict[str, Any]:
         scores = part["scores"]
         found[f"{part['name']}_key_accuracy"] = scores["key_accuracy"]["mean"] if "key_accuracy" in scores else None
         found[f"{part['name']}_questions"] = part["with_keys"]
+        if part["with_book"] is not None and part["with_book"]["key_accuracy"] is not None:
+            found[f"{part['name']}_key_accuracy_with_book"] = part["with_book"]["key_accuracy"]["mean"]
         if part["name"] == "validation" and "bits_per_character" in scores:
             found["answer_bits_per_character"] = scores["bits_per_character"]["mean"]
     found["peak_memory_mib"] = peak_memory()
@@ -608,8 +667,12 @@ def peak_memory() -> int | None:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-SCORE_SHARE = 0.08
+SCORE_SHARE = 0.12
 """Share of the minutes kept for scoring, loading and drawing."""
+ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 180.0
+"""Share of the minutes in which the look-up's encoder learns, and the bounds of that in seconds."""
+INDEX_SHARE = 0.05
+"""Share of the minutes kept for the rest of the index: its vectors, and learning to choose."""
 SHOWN = 5
 """Validation questions that the demo shows with their answers."""
 
@@ -620,8 +683,10 @@ def demo(run: Run, begun: float) -> None:
     seconds = None
     if run.recipe.run.minutes is not None:
         total = 60 * run.recipe.run.minutes
-        seconds = max(0.25 * total, total * (1 - SCORE_SHARE) - (time.monotonic() - begun))
+        kept = SCORE_SHARE if has_index(run.path / "index") else SCORE_SHARE + ENCODER_SHARE + INDEX_SHARE
+        seconds = max(0.25 * total, total * (1 - kept) - (time.monotonic() - begun))
     finetune(run, seconds)
+    index(run)
     if not (run.path / "report" / "report.json").exists():
         score(run, limit=None if (run.recipe.run.minutes or 0) >= 5 else 200)
         run.note_stage("all", time.monotonic() - begun)
@@ -648,9 +713,13 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         line += f"{title} {shown(scores[name], True)}"
         if name in baseline:
             line += f"，照搬最像的训练题的答案（BM25）{shown(baseline[name], True)}"
+        if (with_book := part.get("with_book")) and with_book["key_accuracy"]:
+            line += f"，查书回答 {shown(with_book['key_accuracy'], True)}"
         if "bits_per_character" in scores:
             line += f"；参考答案 {shown(scores['bits_per_character'], False)} 比特/字"
         lines.append(line)
+    if outside := report.get("outside"):
+        lines.append(f"书里没有的事（{outside['questions']} 题）：查书后说没有找到的 {shown(outside['refused'], True)}")
     if lines:
         lines.append("括号里是 95% 置信区间（自助法）。")
     rows = report["splits"][0]["rows"] if report["splits"] else []

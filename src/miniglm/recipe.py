@@ -49,7 +49,7 @@ def shipped(*parts: str) -> Path:
 
 def default_qa() -> dict[str, str]:
     """The project's own question-answer set about 《三国演义》: the file of each part."""
-    files = {"train": "train.jsonl", "validation": "val.jsonl", "unseen": "unseen.jsonl"}
+    files = {"train": "train.jsonl", "validation": "val.jsonl", "unseen": "unseen.jsonl", "outside": "outside.jsonl"}
     return {part: str(shipped("data", "sanguo", file)) for part, file in files.items()}
 
 
@@ -95,13 +95,17 @@ class QARecipe(Section):
     """Paths of question-answer files; empty lists for a run without questions.
 
     `train` is trained on, `validation` chooses the best weights, `unseen` (facts that only the book tells) is touched
-    by evaluation alone. Our own `unseen` goes with our own `train` and with nothing else.
+    by evaluation alone. `outside` are questions that the books do not answer: those with `"part": "test"` only measure,
+    the others set the threshold of refusal. Our own `unseen` and `outside` go with our own `train` and nothing else.
     """
 
     train: list[Text] = Field(default_factory=lambda: [default_qa()["train"]])
     validation: list[Text] = Field(default_factory=lambda: [default_qa()["validation"]])
     unseen: list[Text] = Field(
         default_factory=lambda data: [default_qa()["unseen"]] if data.get("train") == [default_qa()["train"]] else []
+    )
+    outside: list[Text] = Field(
+        default_factory=lambda data: [default_qa()["outside"]] if data.get("train") == [default_qa()["train"]] else []
     )
     allow_bad_lines: bool = False
 

@@ -42,6 +42,8 @@ from miniglm.files import (
     write_whole,
 )
 from miniglm.generation import Engine, SamplingSettings
+from miniglm.lookup.answer import Answerer
+from miniglm.lookup.measure import answer_all, measure
 from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
 from miniglm.qa.spread import spread
@@ -89,6 +91,8 @@ class Subject:
         train: training examples; for the baseline, the leak check and what is copied. Empty where they are not known.
         losses: curves of the training stages, as in report.json.
         earlier: an earlier report to compare with.
+        answerer: answers from the book, measured beside the model; None where there is no index.
+        outside: questions that the book does not answer, which it should refuse.
     """
 
     name: str
@@ -98,6 +102,8 @@ class Subject:
     train: Sequence[Example] = ()
     losses: dict[str, Any] = field(default_factory=dict)
     earlier: dict[str, Any] | None = None
+    answerer: Answerer | None = None
+    outside: Sequence[Example] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +161,7 @@ def evaluate(
         said = [journal.said[part.name, number] for number in range(len(part.examples))]
         about = {"name": part.name, "title": part.title, "about": part.about, "source": part.source}
         splits.append(about | {"total": part.total} | split_report(part.examples, said, nearest, copies))
+        splits[-1]["with_book"] = _with_book(subject, part, splits[-1]["rows"], bar)
     held_out = {part.name: part.examples for part in parts if part.name != "train" and part.examples}
     config = subject.model.config
     report: dict[str, Any] = {
@@ -174,6 +181,7 @@ def evaluate(
         "text": None if text is None else {"source": text.source, "bits_per_character": _text_bits(subject, text)},
         "leaks": leak_report(subject.train, held_out) if subject.train and held_out else None,
         "missing": missing_extras(),
+        "outside": _outside(subject),
         "splits": splits,
         "speed": _speed(subject, parts, journal, settings),
         "self_perplexity": _self_perplexity(subject, parts, settings),
@@ -188,6 +196,27 @@ def evaluate(
     for name in (JOURNAL, REQUEST):
         (folder / name).unlink(missing_ok=True)
     return report
+
+
+def _with_book(subject: Subject, part: Part, rows: Sequence[dict[str, Any]], bar: Bar) -> dict[str, Any] | None:
+    """How the look-up answers the part's questions; its answers are added to the rows. None without an index, and for
+    training questions, which it holds word for word."""
+    if subject.answerer is None or part.name == "train" or not part.examples:
+        return None
+    with bar("查书", len(part.examples)) as progress:
+        answers = answer_all(subject.answerer, [e.question for e in part.examples], progress)
+    for row, answer in zip(rows, answers, strict=True):
+        row["with_book"] = {"answer": answer.text, "sources": [f"{c.label}{c.text}" for c in answer.citations[:1]]}
+    return measure(part.examples, answers)
+
+
+def _outside(subject: Subject) -> dict[str, Any] | None:
+    """Of the questions that the book does not answer, how many are refused."""
+    if subject.answerer is None or not subject.outside:
+        return None
+    answers = answer_all(subject.answerer, [e.question for e in subject.outside])
+    found = measure(subject.outside, answers)
+    return {"questions": len(answers), "refused": found["refused"]}
 
 
 def _check_pairs(parts: Sequence[Part], earlier: dict[str, Any]) -> None:

@@ -479,7 +479,8 @@ def read_examples(path: str | Path, *, allow_bad: bool = False, need_answer: boo
 def to_row(example: Example) -> dict[str, object]:
     """An example in a form that `read_examples` reads back."""
     if len(example.turns) == 1 and not example.system:
-        kept = {k: v for k, v in example.extra.items() if k in ("chapter", "evidence", "source")}
+        kept_keys = ("chapter", "evidence", "source", "part", "topic", "kind")
+        kept = {k: v for k, v in example.extra.items() if k in kept_keys}
         row: dict[str, object] = {"question": example.question, "answer": example.answer} | kept
     else:
         messages = [{"role": "system", "content": example.system}] if example.system else []

@@ -37,6 +37,17 @@ def fold(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).translate(_SIMPLIFIED).casefold().split())
 
 
+class _WithoutMarks(dict[int, int | None]):
+    """Punctuation, separators and control characters to nothing, for `str.translate`."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZC" else code
+        return self[code]
+
+
+_WITHOUT_MARKS = _WithoutMarks()
+
+
 def bare(text: str) -> str:
     """The folded text without punctuation and control characters; what is left where only these differ is equal."""
-    return "".join(char for char in fold(text) if unicodedata.category(char)[0] not in "PZC")
+    return fold(text).translate(_WITHOUT_MARKS)

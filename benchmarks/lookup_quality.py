@@ -1,0 +1,229 @@
+"""How good look-up is and what each part of it contributes, and how it grows with the books.
+
+    python benchmarks/lookup_quality.py RUN            # a run folder with an index, of the default set
+    python benchmarks/lookup_quality.py RUN --sizes 1,4,16,64
+
+Prints a table and writes RUN/lookup_quality.json or RUN/lookup_sizes.json. The closed book's figures are those of
+RUN/report/report.json where there is one. Nothing is trained or tuned here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from miniglm.evaluation.keys import holds_keys
+
+from miniglm.corpus import Paragraph, read_paragraphs
+from miniglm.evaluation.scores import bootstrap_interval
+from miniglm.files import write_whole
+from miniglm.lookup.answer import Answer, Answerer
+from miniglm.lookup.features import Query, passage_candidates
+from miniglm.lookup.library import Library, build_library
+from miniglm.lookup.look import Look, ranked
+from miniglm.lookup.measure import measure
+from miniglm.qa.formats import Example, read_examples
+from miniglm.qa.text import bare
+
+ROOT = Path(__file__).parent.parent / "data" / "sanguo"
+
+
+def shares(values: list[bool]) -> dict[str, float]:
+    """A share with its 95 % bootstrap interval."""
+    found = bootstrap_interval([float(value) for value in values])
+    return {"mean": found.mean, "low": found.low, "high": found.high, "count": len(values)}
+
+
+def fact_orders(answerer: Answerer, found: Look) -> dict[str, list[int]]:
+    """The first five facts by each way of choosing."""
+    memory, query = answerer.memory, found.query
+    told = memory.told.scores(query.grams)
+    cosine = np.asarray(memory.vectors["together"] @ query.vector)
+    best = found.facts.numbers[ranked(answerer.judge.fact_ranker(found.facts.features))]
+    return {
+        "BM25": np.argsort(-told, kind="stable")[:5].tolist(),
+        "encoder": np.argsort(-cosine, kind="stable")[:5].tolist(),
+        "fused": found.facts.numbers[:5].tolist(),
+        "re-ranked": best[:5].tolist(),
+    }
+
+
+def apart(texts: list[str], starts: list[tuple[int, int]], order: list[int]) -> list[str]:
+    """The first five of an order that do not overlap."""
+    kept: list[int] = []
+    for place in order:
+        paragraph, start = starts[place]
+        end = start + len(texts[place])
+        if not any(
+            starts[k][0] == paragraph and starts[k][1] < end and start < starts[k][1] + len(texts[k]) for k in kept
+        ):
+            kept.append(place)
+    return [texts[place] for place in kept[:5]]
+
+
+def passage_orders(answerer: Answerer, found: Look) -> dict[str, list[str]]:
+    """The first five passages by each way of choosing."""
+    library, query = answerer.library, found.query
+    hits = library.search(query.grams, query.vector, 40)
+    shown = [library.passage(n) for n, *_ in hits]
+    texts, starts = [p.text for p in shown], [(p.paragraph, p.start) for p in shown]
+    bm25 = sorted(range(len(hits)), key=lambda i: -hits[i][1])
+    dense = sorted(range(len(hits)), key=lambda i: -np.nan_to_num(hits[i][2], nan=-1))
+    own, own_starts = [p.text for p in found.texts], [(p.paragraph, p.start) for p in found.texts]
+    best = ranked(answerer.judge.passage_ranker(found.passages.features)).tolist()
+    return {
+        "BM25": apart(texts, starts, bm25),
+        "encoder": apart(texts, starts, dense),
+        "fused": apart(own, own_starts, list(range(len(own)))),
+        "re-ranked": apart(own, own_starts, best),
+    }
+
+
+def quality(run: Path) -> dict[str, Any]:
+    """All figures."""
+    answerer = Answerer(run / "index")
+    val = read_examples(ROOT / "val.jsonl").examples
+    unseen = read_examples(ROOT / "unseen.jsonl").examples
+    outside = read_examples(ROOT / "outside.jsonl", need_answer=False).examples
+    test = [e for e in outside if e.extra["part"] == "test"]
+    table: dict[str, dict[str, Any]] = {}
+
+    def add(row: str, column: str, values: list[bool]) -> None:
+        table.setdefault(row, {})[column] = shares(values)
+
+    report = run / "report" / "report.json"
+    if report.exists():
+        for split in json.loads(report.read_text("utf-8"))["splits"]:
+            if split["name"] in ("validation", "unseen"):
+                name = "val" if split["name"] == "validation" else "unseen"
+                table.setdefault("closed book", {})[f"{name} keys"] = split["scores"]["key_accuracy"]
+    timed: list[float] = []
+
+    def find(examples: list[Example]) -> tuple[list[Look], list[Answer]]:
+        looks, given = [], []
+        for e in examples:
+            begun = time.perf_counter()
+            looks.append(answerer.look(e.question))
+            given.append(answerer.decide(looks[-1]))
+            timed.append(time.perf_counter() - begun)
+        return looks, given
+
+    given: dict[str, Any] = {}
+    for name, examples in (("val", val), ("unseen", unseen), ("outside", test)):
+        looks, answers = find(examples)
+        found = measure(examples, answers)
+        given |= {f"{name} refused": found["refused"], f"{name} quoted": found["quoted"]}
+        if name == "outside":
+            for kind in dict.fromkeys(str(e.extra["kind"]) for e in test):
+                own = [a.refused for e, a in zip(test, answers, strict=True) if e.extra["kind"] == kind]
+                given[f"outside refused: {kind}"] = shares(own)
+            continue
+        given |= {f"{name} keys": found["key_accuracy"], f"{name} keys shown": found["key_shown"]}
+        given |= {f"{name} evidence in 5": found["evidence_shown"]}
+        ways = [fact_orders(answerer, one) for one in looks] if name == "val" else []
+        for way in ways[0] if ways else ():
+            told = [[answerer.memory.facts[n].answer for n in order[way]] for order in ways]
+            add(way, "val keys", [holds_keys(t[0], e.keys) for e, t in zip(val, told, strict=True)])
+            add(way, "val fact in 5", [e.answer in t for e, t in zip(val, told, strict=True)])
+        quotes = [passage_orders(answerer, one) for one in looks] if name == "unseen" else []
+        for way in quotes[0] if quotes else ():
+            evidence = [
+                (bare(str(e.extra["evidence"])), [bare(text) for text in texts[way]])
+                for e, texts in zip(unseen, quotes, strict=True)
+            ]
+            add(way, "unseen keys", [holds_keys(t[way][0], e.keys) for e, t in zip(unseen, quotes, strict=True)])
+            add(way, "unseen evidence first", [own in texts[0] for own, texts in evidence])
+            add(way, "unseen evidence in 5", [any(own in text for text in texts) for own, texts in evidence])
+    table["answers as given"] = given
+    return {
+        "index": json.loads((run / "index" / "index.json").read_text("utf-8")),
+        "table": table,
+        "milliseconds": {"median": float(np.median(timed)) * 1e3, "p95": float(np.quantile(timed, 0.95)) * 1e3},
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table on the terminal."""
+    for row, cells in found["table"].items():
+        print(row)
+        for column, value in cells.items():
+            if value is not None:
+                print(
+                    f"    {column:32} {value['mean']:.3f} ({value['low']:.3f}–{value['high']:.3f})  n={value['count']}"
+                )
+    print(
+        f"look-up: median {found['milliseconds']['median']:.1f} ms, 95th percentile {found['milliseconds']['p95']:.1f} ms"
+    )
+
+
+def grown(paragraphs: list[Paragraph], megabytes: float, generator: random.Random) -> list[Paragraph]:
+    """A book of that size: the paragraphs' characters in new order within each, so that passages differ."""
+    made: list[Paragraph] = []
+    size = 0
+    while size < megabytes * 1e6:
+        p = generator.choice(paragraphs)
+        parts = p.text.split("，")
+        generator.shuffle(parts)
+        text = "，".join(parts)
+        made.append(Paragraph("大书", f"第{len(made) // 20}章", len(made) // 20, len(made) + 1, text))
+        size += len(text.encode())
+    return made
+
+
+def sizes(run: Path, megabytes: list[float]) -> list[dict[str, Any]]:
+    """Building and look-up time of a library alone, by its size."""
+    answerer = Answerer(run / "index")
+    paragraphs = read_paragraphs(run / "corpus" / "train.jsonl")
+    questions = [e.question for e in read_examples(ROOT / "unseen.jsonl").examples[:100]]  # the median hides warming up
+    rows = []
+    for size in megabytes:
+        book = grown(paragraphs, size, random.Random(0))
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.perf_counter()
+            build_library(book, answerer.encoder, "", Path(folder))
+            seconds = time.perf_counter() - begun
+            library = Library(Path(folder))
+            times = []
+            for q in questions:
+                begun = time.perf_counter()
+                query = Query(q, answerer.encoder)
+                passage_candidates(query, library)
+                times.append(time.perf_counter() - begun)
+            on_disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+            rows.append(
+                {
+                    "megabytes": size,
+                    "passages": library.size,
+                    "build_seconds": seconds,
+                    "disk_megabytes": on_disk / 1e6,
+                    "search_milliseconds": float(np.median(times)) * 1e3,
+                    "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                }
+            )
+            print(rows[-1])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--sizes", help="megabytes, comma-separated: measure growth and nothing else")
+    arguments = parser.parse_args()
+    if arguments.sizes:
+        rows = sizes(arguments.run, [float(size) for size in arguments.sizes.split(",")])
+        write_whole(arguments.run / "lookup_sizes.json", json.dumps(rows, indent=2) + "\n")
+        return
+    found = quality(arguments.run)
+    show(found)
+    write_whole(arguments.run / "lookup_quality.json", json.dumps(found, ensure_ascii=False, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

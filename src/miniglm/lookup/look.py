@@ -1,0 +1,120 @@
+"""One look-up: candidates of both memories, ranked, and how sure the judge is of each. Knows nothing of how the judge
+was learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miniglm.lookup.encoder import Encoder
+from miniglm.lookup.facts import Memory
+from miniglm.lookup.features import (
+    FACT_FEATURES,
+    PASSAGE_FEATURES,
+    Candidates,
+    Query,
+    fact_candidates,
+    passage_candidates,
+)
+from miniglm.lookup.library import Library, Passage
+from miniglm.lookup.ranking import Linear
+
+Floats = NDArray[np.float32]
+_FACT_SIGNALS = ("cos_question", "cos_answer", "cos_together", "cover_told", "cover_either", "soft_told", "dice_question",
+                 "answer_in_question", "kind_nearness")  # fmt: skip
+_PASSAGE_SIGNALS = ("cos", "cos_context", "cover", "cover_context", "cover_pairs", "cover_pairs_context",
+                    "triples_context", "soft")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """All that is learnt beside the encoder.
+
+    Attributes:
+        fact_ranker, passage_ranker: choose among candidates.
+        fact_right, passage_right: log odds that the first fact's answer is right, that the first passage tells it.
+        inside: log odds that the books answer the question at all; `threshold`: below it, it is refused.
+        inside_passages, threshold_passages: the same without facts.
+    """
+
+    fact_ranker: Linear
+    passage_ranker: Linear
+    fact_right: Linear
+    passage_right: Linear
+    inside: Linear
+    threshold: float
+    inside_passages: Linear
+    threshold_passages: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, and the names of the features that they belong to."""
+        found: dict[str, Any] = {"fact_features": FACT_FEATURES, "passage_features": PASSAGE_FEATURES}
+        for name in self.__slots__:
+            value = getattr(self, name)
+            found[name] = value.to_json() if isinstance(value, Linear) else value
+        return found
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Judge:
+        """What `to_json` gave.
+
+        Raises:
+            KeyError, ValueError, TypeError: it is something else, or of another version's features.
+        """
+        if (tuple(data["fact_features"]), tuple(data["passage_features"])) != (FACT_FEATURES, PASSAGE_FEATURES):
+            raise ValueError("features of another version")
+        parts: dict[str, Any] = {
+            name: float(data[name]) if name.startswith("threshold") else Linear.from_json(data[name])
+            for name in cls.__slots__
+        }
+        return cls(**parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found for a question, in the order of the first choice."""
+
+    query: Query
+    facts: Candidates
+    passages: Candidates
+    texts: list[Passage]
+
+
+def look(question: str, encoder: Encoder, memory: Memory, library: Library) -> Look:
+    """The candidates of both memories with their features."""
+    query = Query(question, encoder)
+    facts = fact_candidates(query, memory, library)
+    passages, texts = passage_candidates(query, library)
+    return Look(query, facts, passages, texts)
+
+
+def ranked(scores: Floats) -> NDArray[np.int64]:
+    """Places by falling score."""
+    return np.argsort(-scores, kind="stable")
+
+
+def signals(found: Look, fact_scores: Floats, passage_scores: Floats) -> tuple[Floats, Floats]:
+    """What confidence is judged by: of facts, then passages, then the question; and the same without the facts."""
+    passage = _of_best(found.passages, passage_scores, PASSAGE_FEATURES, _PASSAGE_SIGNALS)
+    question = [found.query.unknown(), len(found.query.distinct) / 50]
+    fact = _of_best(found.facts, fact_scores, FACT_FEATURES, _FACT_SIGNALS)
+    return (
+        np.array([*fact, *passage, *question], dtype=np.float32),
+        np.array([*passage, *question], dtype=np.float32),
+    )
+
+
+def _of_best(found: Candidates, scores: Floats, names: Sequence[str], wanted: Sequence[str]) -> list[float]:
+    """The best candidate's score, its share of all, its lead on the next, and some of its features."""
+    if not len(scores):
+        return [0.0] * (3 + len(wanted))
+    order = ranked(scores)
+    best = float(scores[order[0]])
+    share = 1.0 / float(np.exp(np.clip(scores - best, -50, 0)).sum())
+    lead = best - float(scores[order[1]]) if len(order) > 1 else 0.0
+    features = found.features[order[0]]
+    return [best, share, lead, *(float(features[names.index(name)]) for name in wanted)]

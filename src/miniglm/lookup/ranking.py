@@ -1,0 +1,120 @@
+"""The learnt choice among candidates and the learnt confidence in it: linear, a few dozen numbers, in JSON. Knows
+nothing of what the features mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+FARTHEST = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A weighted sum of standardized features: (x − mean) / spread · weights + bias.
+
+    A feature that is farther from the mean than `FARTHEST` spreads counts as that far: on a book that is unlike the
+    one it was learnt on, none alone decides.
+    """
+
+    mean: Floats
+    spread: Floats
+    weights: Floats
+    bias: float = 0.0
+
+    def __call__(self, features: Floats) -> Floats:
+        """(…, features) to (…)."""
+        scores = _standard(features, self.mean, self.spread) @ self.weights + self.bias
+        return np.asarray(scores, dtype=np.float32)
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists of numbers."""
+        lists = {name: [round(float(v), 6) for v in getattr(self, name)] for name in ("mean", "spread", "weights")}
+        return lists | {"bias": round(self.bias, 6)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Linear:
+        """What `to_json` gave."""
+        mean, spread, weights = (np.array(data[n], dtype=np.float32) for n in ("mean", "spread", "weights"))
+        return cls(mean, spread, weights, float(data["bias"]))
+
+
+def _standard(features: Floats, mean: Floats, spread: Floats) -> Floats:
+    clipped: Floats = np.clip((features - mean) / spread, -FARTHEST, FARTHEST).astype(np.float32)
+    return clipped
+
+
+def fit_ranker(
+    lists: Sequence[tuple[Floats, NDArray[np.bool_]]], *, rising: bool = False, decay: float = 1e-2
+) -> Linear:
+    """Weights under which right candidates come first: softmax over each list's candidates, −log of the right ones'
+    share (Cao et al. 2007, ListNet's top-one form), with an L2 penalty.
+
+    Args:
+        lists: of each question (candidates, features) and which candidates are right. Lists with none are left out.
+        rising: no feature may speak against a candidate; does better where lists are few or right ones uncertain.
+
+    Raises:
+        ValueError: no list has a right candidate.
+    """
+    lists = [(x, right) for x, right in lists if right.any()]
+    if not lists:
+        raise ValueError("no list has a right candidate")
+    every = np.concatenate([x for x, _ in lists])
+    mean, spread = every.mean(axis=0), every.std(axis=0) + 1e-6
+    longest = max(len(x) for x, _ in lists)
+    padded = np.zeros((len(lists), longest, every.shape[1]), dtype=np.float32)
+    right, there = np.zeros((len(lists), longest), dtype=bool), np.zeros((len(lists), longest), dtype=bool)
+    for n, (x, hit) in enumerate(lists):
+        padded[n, : len(x)], right[n, : len(x)], there[n, : len(x)] = _standard(x, mean, spread), hit, True
+    features, hits, real = torch.from_numpy(padded), torch.from_numpy(right), torch.from_numpy(there)
+    free = torch.zeros(every.shape[1], requires_grad=True)
+
+    def weights_now() -> torch.Tensor:
+        return torch.nn.functional.softplus(free - 2) if rising else free
+
+    def loss() -> torch.Tensor:
+        weights = weights_now()
+        scores = (features @ weights).masked_fill(~real, -torch.inf)
+        share = torch.logsumexp(scores.masked_fill(~hits, -torch.inf), 1) - torch.logsumexp(scores, 1)
+        return -share.mean() + decay * weights.square().sum()
+
+    _minimize(loss, [free])
+    return Linear(mean, spread, weights_now().detach().numpy())
+
+
+def fit_logistic(features: Floats, target: NDArray[np.bool_], decay: float = 1e-2) -> Linear:
+    """Logistic regression, both classes weighing the same, with an L2 penalty."""
+    mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-6
+    x, y = torch.from_numpy(_standard(features, mean, spread)), torch.from_numpy(target.astype(np.float32))
+    share = float(np.clip(y.mean(), 1e-3, 1 - 1e-3))
+    each = torch.where(y > 0, 0.5 / share, 0.5 / (1 - share))
+    weights, bias = torch.zeros(features.shape[1], requires_grad=True), torch.zeros(1, requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        scores = x @ weights + bias
+        return (
+            torch.nn.functional.binary_cross_entropy_with_logits(scores, y, weight=each)
+            + decay * weights.square().sum()
+        )
+
+    _minimize(loss, [weights, bias])
+    return Linear(mean, spread, weights.detach().numpy(), float(bias.detach()))
+
+
+def _minimize(loss: Any, parameters: list[torch.Tensor]) -> None:
+    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value: torch.Tensor = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]

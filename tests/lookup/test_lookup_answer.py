@@ -1,0 +1,150 @@
+"""A small book from text to cited answers: with questions, without, with a second book, with damaged files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from miniglm.corpus import Paragraph
+from miniglm.errors import MiniGLMError
+from miniglm.lookup import NOT_FOUND, Answerer
+from miniglm.lookup.build import build_index, withhold
+from miniglm.lookup.encoder import Encoder
+from miniglm.lookup.facts import facts_of, locate
+from miniglm.lookup.library import Library, build_library
+from miniglm.qa.formats import Example, Turn
+
+STORY = [
+    ("第一回 山中", "从前山中有一座古庙，庙里住着老僧慧远。慧远每日敲钟一百零八下。"),
+    ("第一回 山中", "山下有个铁匠名叫石勇，打得一手好刀。石勇的刀卖到了京城。"),
+    ("第二回 渡口", "渡口的船家姓柳，人称柳老大。柳老大有三个女儿，小女儿会唱渔歌。"),
+    ("第二回 渡口", "一日大雨，石勇背着刀箱过河，船到江心翻了。柳家小女儿跳下水把他救起。"),
+    ("第三回 京城", "石勇到了京城，把宝刀献给将军韩烈。韩烈赏他白银五百两。"),
+]
+
+
+def _book(title: str, story: list[tuple[str, str]]) -> list[Paragraph]:
+    found: list[Paragraph] = []
+    before, chapter = "", 0
+    for heading, text in story:
+        if heading != before:
+            before, chapter = heading, chapter + 1
+            found.append(Paragraph(title, heading, chapter, len(found) + 1, heading))
+        found.append(Paragraph(title, heading, chapter, len(found) + 1, text))
+    return found
+
+
+def _example(question: str, answer: str, evidence: str, name: str) -> Example:
+    return Example((Turn(question, answer),), id=name, keys=((answer[:2],),), extra={"evidence": evidence})
+
+
+EXAMPLES = [
+    _example("古庙里住着谁？", "住着老僧慧远。", "庙里住着老僧慧远", "1"),
+    _example("哪一位僧人住在山中的庙里？", "住着老僧慧远。", "庙里住着老僧慧远", "1"),
+    _example("铁匠叫什么名字？", "铁匠名叫石勇。", "山下有个铁匠名叫石勇", "2"),
+]
+BOOK = _book("山中记", STORY)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("index")
+    build_index(BOOK, EXAMPLES, [], folder, seconds=1.0, seed=1)
+    return folder
+
+
+def test_taught_fact_is_answered_with_its_source(index: Path) -> None:
+    answer = Answerer(index).answer("古庙里住着的人是谁？")
+    assert (answer.kind, answer.text) == ("fact", "住着老僧慧远。")
+    first = answer.citations[0]
+    assert "庙里住着老僧慧远" in first.text
+    assert (first.book, first.chapter, first.chapter_title, first.paragraph) == ("山中记", 1, "第一回 山中", 2)
+    assert first.label == "【第一回】"
+    assert BOOK[first.paragraph - 1].text[first.start :].startswith(first.text)
+
+
+def test_book_without_questions_is_quoted(tmp_path: Path) -> None:
+    build_index(BOOK, [], [], tmp_path, seconds=1.0, seed=1)
+    answer = Answerer(tmp_path).answer("柳老大有三个女儿，小女儿会唱什么歌？")
+    assert answer.kind == "quote" and "渔歌" in answer.text
+    assert answer.citations[0].text == answer.text and answer.citations[0].label == "【第二回】"
+
+
+def test_another_subject_is_refused(index: Path) -> None:
+    answer = Answerer(index).answer("how much is 2+2 in PyTorch?")
+    assert answer.refused and answer.text == NOT_FOUND
+
+
+@pytest.mark.parametrize("question", ["", "？", "\u2028", "龘" * 3000, "\ud800"])
+def test_odd_questions_are_answered_somehow(index: Path, question: str) -> None:
+    assert Answerer(index).answer(question).text
+
+
+def test_citations_do_not_overlap_and_fall(index: Path) -> None:
+    cited = Answerer(index).answer("石勇把刀献给了谁？").citations
+    assert 1 <= len(cited) <= 5
+    assert [c.score for c in cited] == sorted((c.score for c in cited), reverse=True)
+    for i, one in enumerate(cited):
+        for other in cited[:i]:
+            apart = one.start >= other.start + len(other.text) or other.start >= one.start + len(one.text)
+            assert one.paragraph != other.paragraph or apart
+
+
+def test_index_holds_no_pickle(index: Path) -> None:
+    names = {path.suffix for path in index.rglob("*") if path.is_file()}
+    assert names <= {".json", ".jsonl", ".npy", ".safetensors", ".txt", ".usearch"}
+
+
+def test_second_book_builds_its_own_shard_alone(index: Path, tmp_path: Path) -> None:
+    encoder, books = Encoder.load(index / "encoder"), tmp_path / "books"
+    other = _book("别记", [("第一章", "海上有岛，岛上有塔。")])
+    assert build_library(BOOK, encoder, "a", books) == 1
+    assert build_library([*other, *BOOK], encoder, "a", books) == 1
+    library = Library(books)
+    assert library.passage(0).book == "别记"  # the corpus's order, not that of building
+    assert build_library(other, encoder, "a", books) == 0
+    assert Library(books).size == 1
+    assert build_library(other, encoder, "b", books) == 1  # vectors of another encoder are of no use
+
+
+def test_context_stays_in_the_chapter(index: Path) -> None:
+    library = Library(index / "books")
+    texts = [library.passage(n).text for n in range(library.size)]
+    last_of_first = max(n for n in range(library.size) if library.passage(n).chapter == 1)
+    found = "".join(map(chr, library.context(last_of_first)))
+    assert "石勇的刀卖到了京城" in found and "柳老大" not in found and len(texts) == library.size
+
+
+def test_facts_share_id_and_answer() -> None:
+    facts = locate(facts_of(EXAMPLES), [p.text for p in BOOK])
+    assert [len(fact.questions) for fact in facts] == [2, 1]
+    assert [BOOK[fact.passage].number for fact in facts] == [2, 3]
+
+
+def test_withheld_questions_are_some_and_of_other_facts() -> None:
+    examples = [_example(f"问题{n}之{i}？", f"答案{n}。", "", str(n)) for n in range(60) for i in range(3)]
+    facts = facts_of(examples)
+    held = withhold(facts, 1)
+    reworded = {fact.answer for _, fact in held.reworded}
+    assert len(held.untaught) == 6 and len(reworded) == 20
+    assert not reworded & {fact.answer for fact in held.untaught}
+    assert withhold(facts, 1) == held
+
+
+def test_faults_name_folder_and_mend(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(MiniGLMError, match="miniglm index"):
+        Answerer(tmp_path)
+    for name in ("encoder/encoder.safetensors", "judge.json", "books/0000/vectors.usearch", "facts/facts.jsonl"):
+        copy = tmp_path / name.replace("/", "-")
+        shutil.copytree(index, copy)
+        (copy / name).write_bytes((copy / name).read_bytes()[:20])
+        with pytest.raises(MiniGLMError, match="miniglm index"):
+            Answerer(copy)
+    copy = tmp_path / "version"
+    shutil.copytree(index, copy)
+    (copy / "index.json").write_text(json.dumps({"format": 99}), "utf-8")
+    with pytest.raises(MiniGLMError, match="99"):
+        Answerer(copy)

@@ -1,0 +1,52 @@
+"""The encoder learns which words belong together, and is read back as it was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from miniglm.errors import MiniGLMError
+from miniglm.lookup.encoder import Batch, Encoder, build_vocabulary, train_encoder
+from miniglm.lookup.text import plain
+
+SAME = [("玄德", "刘备"), ("孔明", "诸葛"), ("云长", "关羽"), ("翼德", "张飞"), ("孟德", "曹操"), ("子龙", "赵云")]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    texts = [word for pair in SAME for word in pair]
+    vocabulary = build_vocabulary(map(plain, texts * 2))
+    bags = {text: vocabulary.bag(plain(text)) for text in texts}
+
+    def batch(current: Callable[[], Encoder], share: float) -> Batch:
+        return [bags[left] for left, _ in SAME], [bags[right] for _, right in SAME]
+
+    return train_encoder(vocabulary, batch, seconds=1000, seed=1, most_steps=60)
+
+
+def test_learns_names_of_one_person(encoder: Encoder) -> None:
+    likeness = encoder.texts([left for left, _ in SAME]) @ encoder.texts([right for _, right in SAME]).T
+    assert likeness.argmax(axis=1).tolist() == list(range(len(SAME)))
+
+
+def test_unknown_text_is_like_nothing(encoder: Encoder) -> None:
+    assert not encoder.texts(["xyz", ""]).any()
+    assert np.allclose(np.linalg.norm(encoder.texts(["玄德"]), axis=1), 1)
+
+
+def test_read_back(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.save(tmp_path)
+    again = Encoder.load(tmp_path)
+    assert np.allclose(again.texts(["玄德"]), encoder.texts(["玄德"]), atol=1e-2)
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+def test_damaged_file_is_named(encoder: Encoder, tmp_path: Path) -> None:
+    encoder.save(tmp_path)
+    file = tmp_path / "encoder.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(MiniGLMError, match=r"encoder\.safetensors.*miniglm index"):
+        Encoder.load(tmp_path)

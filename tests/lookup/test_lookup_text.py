@@ -1,0 +1,60 @@
+"""How texts are cut: nothing of a paragraph is lost, passages are short, n-grams are the same however they are written."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miniglm.corpus import Paragraph
+from miniglm.lookup.text import PASSAGE, grams, kinds, pairs, passages, plain, sentences, triples
+
+TEXT = st.text(alphabet="曹操刘备关羽张飞，。！？“”…a1 ", max_size=400)
+
+
+def _paragraph(text: str, chapter: str = "第一回 桃园") -> Paragraph:
+    return Paragraph("书", chapter, 1, 1, text)
+
+
+@settings(deadline=None)
+@given(TEXT)
+def test_sentences_are_the_whole_paragraph(text: str) -> None:
+    cut = sentences(text)
+    covered = "".join(text[start:end] for start, end in cut)
+    assert covered.replace(" ", "") == text.replace(" ", "")
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(cut))
+
+
+@settings(deadline=None)
+@given(TEXT)
+def test_passages_hold_every_sentence_and_are_short(text: str) -> None:
+    found = passages([_paragraph(text)])
+    cut = sentences(text)
+    assert all(any(p.start <= start and end <= p.end for p in found) for start, end in cut)
+    longest = max((end - start for start, end in cut), default=0)
+    assert all(p.end - p.start <= max(PASSAGE, longest) for p in found)
+    assert [p.start for p in found] == sorted({p.start for p in found})
+
+
+def test_closing_marks_stay_with_their_sentence() -> None:
+    text = "玄德曰：“此言甚善！”飞大喜。"
+    assert [text[start:end] for start, end in sentences(text)] == ["玄德曰：“此言甚善！”", "飞大喜。"]
+
+
+def test_headings_are_no_passages() -> None:
+    assert passages([_paragraph("第一回 桃园"), _paragraph("话说天下大势。")])[0].paragraph == 1
+
+
+def test_grams_are_characters_then_pairs_in_one_form() -> None:
+    found = grams(plain("曹操！"))
+    assert pairs(found).tolist() == [False, False, True]
+    assert np.array_equal(found, grams(plain(" 曹 操 ")))
+    assert np.array_equal(grams(plain("劉備")), grams(plain("刘备")))
+    assert len(set(grams(plain("操曹")).tolist()) & set(found.tolist())) == 2  # the order of a pair counts
+    assert len(grams(plain(""))) == 0 and len(triples(plain("曹操"))) == 0 and len(triples(plain("曹孟德"))) == 1
+
+
+def test_kinds_tell_person_from_number() -> None:
+    assert not np.array_equal(kinds("谁杀了他？"), kinds("他活了多少岁？"))
