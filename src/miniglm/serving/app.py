@@ -31,12 +31,14 @@ def create_app(
     cors: Sequence[str] = (),
     log_prompts: bool = False,
     page: bool = True,
+    book: Service | None = None,
 ) -> FastAPI:
     """All routes behind all guards.
 
     Args:
         run: the run folder whose report is shown and whose `feedback.jsonl` is appended to.
         page: with the page, which takes seconds to load.
+        book: answers the page's questions from the book.
     """
     local = service if isinstance(service, LocalService) else None
     metrics = Metrics(local.worker if local else None)
@@ -76,7 +78,7 @@ def create_app(
         from miniglm.serving.page import facts_of, mount_page
 
         feedback = None if run is None else run / "feedback.jsonl"
-        mount_page(app, service, facts_of(run, name=service.model_id), feedback=feedback, limits=limits)
+        mount_page(app, service, facts_of(run, name=service.model_id), feedback=feedback, limits=limits, book=book)
     # The last one added sees a request first.
     app.add_middleware(Body, limits=limits)
     app.add_middleware(Clients, limits=limits)

@@ -57,13 +57,15 @@ History = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class SplitScore:
-    """The share of a split's questions that are answered right, with its 95 % interval."""
+    """The share of a split's questions that are answered right, with its 95 % interval; `book` is the share of those
+    that are answered from the book, where there is an index."""
 
     split: str
     mean: float
     low: float
     high: float
     questions: int
+    book: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class Facts:
         examples: questions to begin with.
         scores: by the report.
         has_report: whether /report is there.
+        looks_up: whether answers are looked up in the book unless the reader says otherwise.
     """
 
     name: str
@@ -87,6 +90,7 @@ class Facts:
     examples: tuple[str, ...] = ()
     scores: tuple[SplitScore, ...] = ()
     has_report: bool = False
+    looks_up: bool = False
 
 
 def facts_of(run: Path | None, *, name: str) -> Facts:
@@ -143,8 +147,11 @@ def _scores(report: dict[str, Any]) -> tuple[SplitScore, ...]:
     for split in report.get("splits") or ():
         try:
             score = split["scores"]["key_accuracy"]
+            book = ((split.get("with_book") or {}).get("key_accuracy") or {}).get("mean")
             if split["name"] != "train" and math.isfinite(score["mean"]):
-                found.append(SplitScore(split["name"], score["mean"], score["low"], score["high"], split["with_keys"]))
+                found.append(
+                    SplitScore(split["name"], score["mean"], score["low"], score["high"], split["with_keys"], book)
+                )
         except (LookupError, TypeError):
             continue
     return tuple(found)
@@ -280,13 +287,22 @@ def _options(values: Sequence[Any], limits: Limits) -> Options:
     )
 
 
-def create_page(service: Service, facts: Facts, *, feedback: Path | None, limits: Limits | None = None) -> gr.Blocks:
+def create_page(
+    service: Service,
+    facts: Facts,
+    *,
+    feedback: Path | None,
+    limits: Limits | None = None,
+    book: Service | None = None,
+) -> gr.Blocks:
     """The page's components and events; `mount_page` gives them looks and languages.
 
     Args:
+        book: answers questions from the book, unless the reader wants the model's own answer.
         feedback: where ratings are added; None shows no buttons for them.
     """
     limits = limits or Limits()
+    facts = replace(facts, looks_up=book is not None)
     i18n = gr.I18n(**translations(facts))
     blocks = gr.Blocks(analytics_enabled=False, title=page_text.title(facts, "zh-CN"), fill_width=True)
     blocks.i18n_instance = i18n
@@ -294,7 +310,7 @@ def create_page(service: Service, facts: Facts, *, feedback: Path | None, limits
         gr.Markdown(i18n("header"), elem_id="header", latex_delimiters=[])
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab(i18n("ask_tab"), elem_id="ask"):
-                _ask_tab(blocks, service, facts, i18n, feedback, limits)
+                _ask_tab(blocks, service, facts, i18n, feedback, limits, book)
             with gr.Tab(i18n("continue_tab"), elem_id="continue"):
                 _continue_tab(service, facts, i18n, limits)
     # As many at once as the engine has slots; what is more waits in the engine, which says when it is full.
@@ -323,7 +339,13 @@ def _settings(i18n: gr.I18n, facts: Facts, limits: Limits, *, tokens: int, tempe
 
 
 def _ask_tab(
-    blocks: gr.Blocks, service: Service, facts: Facts, i18n: gr.I18n, feedback: Path | None, limits: Limits
+    blocks: gr.Blocks,
+    service: Service,
+    facts: Facts,
+    i18n: gr.I18n,
+    feedback: Path | None,
+    limits: Limits,
+    book: Service | None,
 ) -> None:
     saved = gr.BrowserState([], storage_key=STORAGE, secret=STORAGE)
     chatbot = gr.Chatbot(
@@ -358,8 +380,16 @@ def _ask_tab(
         stop = gr.Button(i18n("stop"), variant="stop", scale=0, min_width=84, visible=False, elem_id="stop")
     with gr.Row(elem_classes="under"):
         speed = gr.Markdown("", elem_id="speed", latex_delimiters=[])
+        looked_up = gr.Checkbox(
+            book is not None,
+            label=i18n("look_up"),
+            container=False,
+            min_width=120,
+            visible=book is not None,
+            elem_id="look-up",
+        )
         clear = gr.Button(i18n("clear"), variant="secondary", size="sm", scale=0, min_width=96, elem_id="clear")
-    settings = _settings(i18n, facts, limits, tokens=128, temperature=0.0)
+    settings = [*_settings(i18n, facts, limits, tokens=128, temperature=0.0), looked_up]
     outputs = [chatbot, saved, question, speed, send, stop]
 
     async def answer(
@@ -381,10 +411,11 @@ def _ask_tab(
         yield [shown, _shortened(history), "", waiting, gr.update(visible=False), gr.update(visible=True)]
         options = _options(values, limits)
         more = ""
-        if again and options.temperature == 0:
+        source = book if book is not None and values[-1] is not False else service
+        if again and options.temperature == 0 and source is service:
             options = replace(options, temperature=AGAIN)
             more = message("again", language, temperature=AGAIN)
-        pieces = service.chat([{"role": "user", "content": normal}], options)
+        pieces = source.chat([{"role": "user", "content": normal}], options)
         async with aclosing(_told(pieces, language)) as told:  # type: ignore[type-var]
             async for text, clock, wrong in told:
                 said = [_said("assistant", text)] if text.strip() or not wrong else []
@@ -535,6 +566,7 @@ def mount_page(
     *,
     feedback: Path | None,
     limits: Limits | None = None,
+    book: Service | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
 ) -> gr.Blocks:
@@ -543,7 +575,7 @@ def mount_page(
     Args:
         host, port: where the application will listen; only told to Gradio.
     """
-    blocks = create_page(service, facts, feedback=feedback, limits=limits)
+    blocks = create_page(service, facts, feedback=feedback, limits=limits, book=book)
     gr.mount_gradio_app(
         app,
         blocks,

@@ -28,6 +28,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "copy": ("复制", "Copy"),
     "continuation_hint": ("模型接着往下写的文字会出现在这里", "What the model writes will appear here"),
     "settings": ("采样设置", "Sampling settings"),
+    "look_up": ("到书里查", "Look it up in the book"),
     "max_tokens": ("最长", "Longest answer"),
     "max_tokens_about": (
         "最多写多少个 token，一个 token 约一到两个字。写完了会提早停。",
@@ -130,7 +131,7 @@ def _of_facts(facts: Facts, language: Language) -> dict[str, str]:
     about = "".join(f"<p>{line}</p>" for line in lines)
     return {
         "header": f'<header><div class="top"><h1>{escape(title(facts, language))}</h1>{switch}</div>{about}</header>',
-        "welcome": _welcome(zh),
+        "welcome": _welcome(zh, facts.looks_up),
         "continue_about": (
             "给一个开头，模型按书里的笔法往下写。它只看开头的末尾一段，写的是虚构，不是原文。"
             if zh
@@ -140,7 +141,17 @@ def _of_facts(facts: Facts, language: Language) -> dict[str, str]:
     }
 
 
-def _welcome(zh: bool) -> str:
+def _welcome(zh: bool, looks_up: bool) -> str:
+    if looks_up and zh:
+        return (
+            "<h2>问一个关于书的问题</h2><p>每个问题先到书里查，答案带出处，查不到就说没有。"
+            "不选「到书里查」时由模型凭记忆回答，它会很有把握地答错。</p>"
+        )
+    if looks_up:
+        return (
+            "<h2>Ask about the book</h2><p>Each question is looked up in the book first, and the answer says where it "
+            "comes from. Without that the model answers from memory, and is wrong with great confidence.</p>"
+        )
     if zh:
         return (
             "<h2>问一个关于书的问题</h2><p>每个问题单独回答，不看前面的对话。小模型会很有把握地答错，请对照原书。</p>"
@@ -174,6 +185,15 @@ def _score(facts: Facts, zh: bool) -> str:
     for score in facts.scores:
         share = f"{100 * score.mean:.1f}"
         name = _SPLITS.get(score.split, (score.split, score.split))[0 if zh else 1]
+        if score.book is not None:
+            found = f"{100 * score.book:.1f}"
+            parts.append(
+                f"{escape(name)}答对 <strong>{found}&nbsp;%</strong>，只凭模型 {share}&nbsp;%（{score.questions:,} 题）"
+                if zh
+                else f"{escape(name)}: <strong>{found}&nbsp;%</strong> right, {share}&nbsp;% from the model alone "
+                f"({score.questions:,} questions)"
+            )
+            continue
         parts.append(
             f"{escape(name)}答对 <strong>{share}&nbsp;%</strong>（{score.questions:,} 题）"
             if zh

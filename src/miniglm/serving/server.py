@@ -122,7 +122,7 @@ def run(
     sock = bind(host, port)
     with contextlib.closing(sock):
         service = _open_service(folder, backend, backend_key, limits, device)
-        _serve(service, sock, folder, limits, api_key, open_browser, log_prompts, cors)
+        _serve(service, _open_book(folder, service), sock, folder, limits, api_key, open_browser, log_prompts, cors)
 
 
 def _open_service(
@@ -150,8 +150,19 @@ def _open_service(
     return LocalService(model_name(folder), model, tokenizer, limits)
 
 
+def _open_book(folder: Path | None, service: Service) -> Service | None:
+    """What answers from the book, where the run has an index."""
+    from miniglm.lookup import Answerer, has_index
+    from miniglm.serving.book import BookService
+
+    if folder is None or not has_index(folder / "index"):
+        return None
+    return BookService(Answerer(folder / "index"), service.model_id)
+
+
 def _serve(
     service: Service,
+    book: Service | None,
     sock: socket.socket,
     folder: Path | None,
     limits: Limits,
@@ -177,6 +188,7 @@ def _serve(
         loopback=loopback,
         cors=cors,
         log_prompts=log_prompts,
+        book=book,
     )
     _log_to_stderr()
     _allow_files(limits.connections + 256)
