@@ -46,7 +46,7 @@ def transformers_generate(model: GLM, count: int) -> Callable[[], object]:
     """`generate` with its cache."""
     from transformers import GlmConfig, GlmForCausalLM
 
-    theirs = GlmForCausalLM(GlmConfig(**(model.config.to_hf() | {"pad_token_id": 0, "eos_token_id": None}))).eval()
+    theirs = GlmForCausalLM(GlmConfig(**(model.config.to_hf() | {"pad_token_id": 0, "eos_token_id": None}))).eval()  # type: ignore[no-untyped-call]
     theirs.load_state_dict(model.state_dict())
     ids = torch.tensor([PROMPT])
     return lambda: theirs.generate(ids, max_new_tokens=count, do_sample=False, use_cache=True, eos_token_id=None)
@@ -56,7 +56,7 @@ def llama_cpp(gguf: Path, count: int) -> Callable[[], object]:
     """llama.cpp on the exported weights, as many threads as torch has."""
     import json
 
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped]
 
     settings = xllamacpp.CommonParams()
     settings.model.path = str(gguf)

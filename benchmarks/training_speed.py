@@ -72,7 +72,7 @@ def their_step(config: ModelConfig, ids: torch.Tensor) -> Callable[[], None]:
     """The loop of transformers' documentation: forward with labels, backward, step, zero_grad."""
     from transformers import GlmConfig, GlmForCausalLM
 
-    model = GlmForCausalLM(GlmConfig(**(config.to_hf() | {"pad_token_id": 0, "eos_token_id": [1]}))).to(ids.device)
+    model = GlmForCausalLM(GlmConfig(**(config.to_hf() | {"pad_token_id": 0, "eos_token_id": [1]}))).to(ids.device)  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model.train()
 
