@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from miniglm.evaluation.keys import holds_keys
 
 from miniglm.corpus import Paragraph, read_paragraphs
 from miniglm.evaluation.scores import bootstrap_interval
@@ -30,6 +29,7 @@ from miniglm.lookup.library import Library, build_library
 from miniglm.lookup.look import Look, ranked
 from miniglm.lookup.measure import measure
 from miniglm.qa.formats import Example, read_examples
+from miniglm.qa.keys import holds_keys
 from miniglm.qa.text import bare
 
 ROOT = Path(__file__).parent.parent / "data" / "sanguo"

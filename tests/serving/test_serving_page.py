@@ -22,10 +22,14 @@ from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 from report_sample import make_report
 
-from miniglm.chat import Message
+from miniglm.chat import Message, with_sources
 from miniglm.checkpoint import load_model
-from miniglm.qa.formats import read_examples
+from miniglm.corpus import Paragraph
+from miniglm.lookup import Answerer
+from miniglm.lookup.build import build_index
+from miniglm.qa.formats import Example, Turn, read_examples
 from miniglm.serving.app import create_app
+from miniglm.serving.book import BookService
 from miniglm.serving.guards import State
 from miniglm.serving.page import Facts, SplitScore, facts_of, mount_page, unveiled, veiled
 from miniglm.serving.page_text import MESSAGES, TEXTS
@@ -690,3 +694,42 @@ def test_over_a_real_model(browser: Browser, model_folder: Path) -> None:
         context.close()
         site.close()
         service.close(0)
+
+
+def test_with_an_index_the_book_answers_unless_the_reader_wants_the_model(
+    browser: Browser, service: Scripted, tmp_path: Path
+) -> None:
+    lines = (
+        "山中有一座古庙，庙里住着老僧慧远。",
+        "山下有个铁匠名叫石勇，打得一手好刀。",
+        "渡口的船家姓柳，有三个女儿。",
+    )
+    story = [Paragraph("山中记", "第一回 山中", 1, number, text) for number, text in enumerate(lines, 2)]
+    taught = Example(
+        (Turn("古庙里住着谁？", "住着老僧慧远。"),), keys=(("慧远",),), extra={"evidence": "庙里住着老僧慧远"}
+    )
+    build_index(
+        [Paragraph("山中记", "第一回 山中", 1, 1, "第一回 山中"), *story], [taught], [], tmp_path, seconds=1.0, seed=1
+    )
+    app = FastAPI()
+    book = BookService(Answerer(tmp_path), "miniglm")
+    mount_page(app, service, FACTS, feedback=None, limits=Limits(), book=book)
+    site = Site(app)
+    try:
+        windows = Windows(browser, site.url)
+        page = windows()
+        service.asked.clear()
+        assert "先到书里查" in page.locator("#conversation").inner_text()
+        ask(page, "古庙里住着谁")
+        [answer] = answers(page)
+        assert answer == with_sources(book.answerer.answer("古庙里住着谁？"))
+        assert "【第一回】" in answer and lines[0] in answer
+        assert service.asked == [], "the model is not asked"
+        page.locator("#look-up input").uncheck()
+        ask(page, "曹操是哪里人")
+        assert answers(page)[-1] == ANSWER and len(service.asked) == 1
+        for context in windows.contexts:
+            context.close()
+        assert windows.faults == []
+    finally:
+        site.close()

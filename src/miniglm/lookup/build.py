@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniglm.corpus import Paragraph
-from miniglm.evaluation.keys import holds_keys
 from miniglm.files import write_whole
 from miniglm.lookup.encoder import Bag, Batch, Encoder, build_vocabulary, train_encoder
 from miniglm.lookup.facts import Fact, Memory, facts_of, locate, without
@@ -30,6 +29,7 @@ from miniglm.lookup.look import Judge, Look, look, signals
 from miniglm.lookup.ranking import fit_logistic, fit_ranker
 from miniglm.lookup.text import passages, plain, sentences
 from miniglm.qa.formats import Example
+from miniglm.qa.keys import holds_keys
 
 FORMAT = 1
 BATCH = 256

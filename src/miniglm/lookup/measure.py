@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from miniglm.evaluation.keys import holds_keys
 from miniglm.evaluation.scores import bootstrap_interval
 from miniglm.evaluation.summary import interval
 from miniglm.lookup.answer import Answer, Answerer
 from miniglm.qa.formats import Example
+from miniglm.qa.keys import holds_keys
 from miniglm.qa.text import bare
 
 
