@@ -120,9 +120,9 @@ def test_bad_settings_are_one_line(tmp_path: Path, material: Path, finished: Pat
     fails("chat", material, words=("没有训练好的模型",))
     fails("finetune", "--out", material, words=("不是 miniGLM 的运行目录",))
     fails("ask", finished, words=("问题",))
-    fails("ask", finished, "谁", "--temperature", "-1", words=("temperature",))
+    fails("ask", finished, "谁", "--closed-book", "--temperature", "-1", words=("temperature",))
     fails("prepare", "--book", "三国演艺", "--out", tmp_path / "b", words=("三国演艺", "三国演义"))
-    fails("ask", finished, "谁", "--device", "tpu", words=("tpu", "cpu"))
+    fails("ask", finished, "谁", "--closed-book", "--device", "tpu", words=("tpu", "cpu"))
 
 
 def test_what_does_not_fit_the_corpus_is_said(tmp_path: Path, material: Path, finished: Path) -> None:
@@ -145,11 +145,11 @@ def test_damaged_model_folders_are_named(tmp_path: Path, finished: Path) -> None
         folder = tmp_path / name
         shutil.copytree(finished / "model", folder)
         (folder / name).write_bytes((folder / name).read_bytes()[:100])
-        fails("ask", folder, "谁？", words=(name,))
+        fails("ask", folder, "谁？", "--closed-book", words=(name,))
     folder = tmp_path / "missing"
     shutil.copytree(finished / "model", folder)
     (folder / "model.safetensors").unlink()
-    fails("ask", folder, "谁？", words=("model.safetensors",))
+    fails("ask", folder, "谁？", "--closed-book", words=("model.safetensors",))
 
 
 def test_a_run_of_another_version_is_not_touched(tmp_path: Path) -> None:

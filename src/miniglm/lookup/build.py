@@ -33,6 +33,9 @@ from miniglm.qa.keys import holds_keys
 
 FORMAT = 1
 BATCH = 256
+FACT_EPOCHS, TEXT_EPOCHS, LEAST_STEPS = 60, 2, 60
+"""How often the encoder sees each fact and each sentence at most, whatever time there is: more of it only learns the
+phrasings by heart. The larger of the two decides, and `LEAST_STEPS` where there is next to nothing."""
 MOST_TEXT = 3_000_000
 """Characters of the books that the encoder learns from at most; all of them are indexed."""
 WITHHELD, UNTAUGHT = 400, 120
@@ -228,7 +231,11 @@ def train(
     pairs = Pairs(known if len(sample) == len(paragraphs) else [_nowhere(fact) for fact in known], sample, seed)
     vocabulary = build_vocabulary(map(plain, [*pairs.texts, *(t for f in known for t in (*f.questions, f.answer))]))
     pairs.prepare(lambda text: vocabulary.bag(plain(text)))
-    return train_encoder(vocabulary, pairs, seconds, seed, progress=progress)
+    # Of three batches two are of facts and one is of text.
+    most = max(
+        FACT_EPOCHS * len(pairs.facts) * 3 // (2 * BATCH), TEXT_EPOCHS * len(pairs.texts) * 3 // BATCH, LEAST_STEPS
+    )
+    return train_encoder(vocabulary, pairs, seconds, seed, most_steps=most, progress=progress)
 
 
 def _nowhere(fact: Fact) -> Fact:

@@ -138,7 +138,7 @@ def train_encoder(
     seconds: float,
     seed: int,
     *,
-    most_steps: int = 1500,
+    most_steps: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Encoder:
     """Trains for `seconds` by the clock, the learning rate falling to nothing.
@@ -146,7 +146,7 @@ def train_encoder(
     Args:
         batches: gives a batch; gets what gives the encoder as it is (to find hard negatives), and the share of the
             time that is gone.
-        most_steps: more steps than these do not help a set of a few thousand questions.
+        most_steps: where training ends even if there is time left.
         progress: is told the share of the time that is gone.
     """
     generator = torch.Generator().manual_seed(seed)

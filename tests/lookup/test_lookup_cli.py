@@ -1,0 +1,46 @@
+"""Asking from the command line: from the book by default, from the weights alone if told so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from running import fails, miniglm
+
+QUESTION = "张角得到的天书叫什么名字？"
+
+
+def test_ask_says_where_the_answer_is_from(finished: Path) -> None:
+    done = miniglm("ask", finished, QUESTION)
+    assert done.returncode == 0 and "【第" in done.stdout and "回】" in done.stdout
+    closed = miniglm("ask", finished, QUESTION, "--closed-book")
+    assert closed.returncode == 0 and "【第" not in closed.stdout
+
+
+def test_file_of_questions_keeps_citations(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text(f"{QUESTION}\n今天股市怎么样？\n", "utf-8")
+    assert miniglm("ask", finished, "--file", tmp_path / "q.txt", "--out", tmp_path / "a.jsonl").returncode == 0
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
+    assert [row["question"] for row in rows] == [QUESTION, "今天股市怎么样？"]
+    assert set(rows[0]["citations"][0]) == {"book", "chapter", "chapter_title", "paragraph", "start", "text", "score"}
+    assert rows[0]["prediction"] and rows[0]["refused"] is False
+
+
+def test_index_alone_answers_from_a_book_without_questions(material: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    made = miniglm("index", "--out", out, "--book", material / "书.txt", "--minutes", "0.5")
+    assert made.returncode == 0, made.stderr
+    assert "查找完成" in made.stderr and not (out / "model").exists()
+    done = miniglm("ask", out, QUESTION)
+    assert done.returncode == 0 and done.stdout.startswith(("【第", "书中没有"))
+    again = miniglm("index", "--out", out)
+    assert "查找已完成，跳过" in again.stderr
+    fails("ask", out, QUESTION, "--closed-book", words=("没有训练好的模型",))
+
+
+def test_evaluation_reports_both(finished: Path) -> None:
+    report = json.loads((finished / "report" / "report.json").read_text("utf-8"))
+    validation = report["splits"][0]
+    assert validation["name"] == "validation" and 0 <= validation["with_book"]["key_accuracy"]["mean"] <= 1
+    assert all(row["with_book"]["answer"] for row in validation["rows"])
+    assert report["outside"] is None  # the shipped ones are about another book
