@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
 from report_sample import make_report
+from served import MODEL, serving
 
 from miniglm.chat import Message, with_sources
 from miniglm.checkpoint import load_model
@@ -29,6 +30,7 @@ from miniglm.lookup import Answerer
 from miniglm.lookup.build import build_index
 from miniglm.qa.formats import Example, Turn, read_examples
 from miniglm.serving.app import create_app
+from miniglm.serving.backend import RemoteService
 from miniglm.serving.book import BookService
 from miniglm.serving.guards import State
 from miniglm.serving.page import Facts, SplitScore, facts_of, mount_page, unveiled, veiled
@@ -665,6 +667,25 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
         '{"splits": [{"name": "x", "scores": {"key_accuracy": 1}}, 7]}', "utf-8"
     )
     assert facts_of(tmp_path, name="demo").scores == ()
+
+
+def test_over_another_server(browser: Browser, model_folder: Path) -> None:
+    """`--backend`: the page asks a second server of ours, and shows what that one says."""
+    with serving(model_folder) as second:
+        site = Site(create_app(RemoteService(f"{second.url}/v1", model_id=MODEL), Limits(), State()))
+        context = browser.new_context(locale="zh-CN")
+        context.set_default_timeout(PATIENCE)
+        context.add_init_script(COUNT_WRITES)
+        try:
+            page = context.new_page()
+            go(page, site.url)
+            ask(page, "长江")
+            body = {"model": MODEL, "messages": [{"role": "user", "content": "长江？"}], "max_tokens": 128}
+            said = httpx.post(f"{second.url}/v1/chat/completions", json=body, timeout=60).json()
+            assert answers(page)[0].split() == said["choices"][0]["message"]["content"].split()
+        finally:
+            context.close()
+            site.close()
 
 
 def test_over_a_real_model(browser: Browser, model_folder: Path) -> None:
