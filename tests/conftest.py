@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: threads of their own would only be in each other's way
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 from running import RECIPE, ROOT, demo, miniglm
 
 

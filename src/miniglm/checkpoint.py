@@ -165,6 +165,8 @@ def write_safetensors(
     content = memoryview(safetensors.torch.save(dict(tensors), metadata=dict(metadata)))
     length = struct.unpack("<Q", content[:8])[0]
     header, data = json.loads(bytes(content[8 : 8 + length])), content[8 + length :]
+    # safetensors writes metadata in any order: the same model gives the same bytes.
+    header["__metadata__"] = dict(sorted(metadata.items()))
     header["__metadata__"][CHECKSUM] = _seal(header, [data])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned

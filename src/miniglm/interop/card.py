@@ -157,6 +157,8 @@ def _data(recipe: Recipe | None, facts: dict[str, Any]) -> str:
     for book in facts["corpus"].get("books", []):
         lines.append(f"- 书：《{book['title']}》，{book['characters']:,} 字")
     for file, found in facts["qa"].items():
+        if "examples" not in found:  # the file's own checksums
+            continue
         lines.append(f"- 问答：`{Path(file).name}`，{found['examples']:,} 条")
     results = facts["results"]
     minutes = {name: results.get("seconds", {}).get(name) for name in ("pretrain", "finetune")}

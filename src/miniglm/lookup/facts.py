@@ -139,7 +139,7 @@ class Memory:
                 row = json.loads(line)
                 row |= {"questions": tuple(row["questions"]), "keys": tuple(map(tuple, row["keys"]))}
                 facts.append(Fact(**row))
-            vectors = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in FIELDS}
+            vectors = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FIELDS}
             if len(facts) != len(vectors["answers"]):
                 raise ValueError(f"有 {len(facts)} 个事实，向量有 {len(vectors['answers'])} 行")
             lexical = [Lexical.load(folder / name, len(facts)) for name in ("told", "wide")]

@@ -57,7 +57,7 @@ class Shard:
             self.about: dict[str, Any] = json.loads((folder / "shard.json").read_text("utf-8"))
             # Plain arrays over the mapped files: np.memmap's own slicing is slow.
             self._paragraphs, self._passages, self._plain = (
-                np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
                 for name in ("paragraphs", "passages", "plain")
             )
             self._text = np.memmap(folder / "text.txt", dtype=np.uint8, mode="r").view(np.ndarray)
@@ -158,8 +158,8 @@ class Library:
 
     def __init__(self, folder: Path) -> None:
         try:
-            names = json.loads((folder / "order.json").read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            names = json.loads((folder / "order.json").read_text("utf-8"))["books"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise MiniGLMError(f"检索的索引读不出来（{error}）", path=folder, fix=_AGAIN) from None
         self.shards = [Shard(folder / name) for name in names]
         self._first = np.cumsum([0, *(shard.size for shard in self.shards)])
@@ -227,7 +227,7 @@ def build_library(paragraphs: Sequence[Paragraph], encoder: Encoder, digest: str
             build_shard(part, encoder, known[print_of_part], print_of_part)
             number, built = number + 1, built + 1
         order.append(known[print_of_part].name)
-    write_whole(folder / "order.json", json.dumps(order) + "\n")
+    write_whole(folder / "order.json", json.dumps({"books": order}) + "\n")
     for path in known.values():
         if path.name not in order:
             shutil.rmtree(path)
