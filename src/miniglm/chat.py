@@ -23,7 +23,7 @@ def messages_of(example: Example) -> list[Message]:
     return [*messages, {"role": "user", "content": normalize_question(example.question)}]
 
 
-def _asked(messages: Sequence[Message]) -> list[Message]:
+def asked(messages: Sequence[Message]) -> list[Message]:
     """A conversation given as messages, its questions in the form that `messages_of` gives them."""
     return [
         {**m, "content": normalize_question(m["content"])} if m.get("role") == "user" else dict(m) for m in messages
@@ -37,6 +37,15 @@ def fit_prompt(tokenizer: Tokenizer, messages: Sequence[Message], context: int, 
     system = [m for m in messages if m["role"] == "system"]
     turns = [m for m in messages if m["role"] != "system"]
     limit = max(context - room, context // 2)
+    # A long history costs one encoding of what may fit, not one for every turn that is dropped. Other templates put
+    # less around a turn than is counted here, so that three times the context is certainly too much.
+    length, first = 0, len(turns)
+    while first > 0 and length <= 3 * context:
+        first -= 1
+        length += 1 + len(tokenizer.encode("\n" + turns[first]["content"]))
+    while first > 0 and turns[first]["role"] != "user":  # the turn that will be dropped is dropped whole
+        first -= 1
+    turns = turns[first:]
     while True:
         ids = tokenizer.encode_chat(system + turns)
         if len(ids) <= limit:
@@ -75,7 +84,7 @@ def answer_questions(
     """One answer to the last question of each example or conversation, many at once."""
     context = model.config.max_position_embeddings
     room = min(settings.max_new_tokens, context // 2)
-    conversations = [messages_of(q) if isinstance(q, Example) else _asked(q) for q in questions]
+    conversations = [messages_of(q) if isinstance(q, Example) else asked(q) for q in questions]
     prompts = [fit_prompt(tokenizer, messages, context, room) for messages in conversations]
     made = Engine(model).generate(prompts, settings, batch_size=batch_size, progress=progress)
     return [tokenizer.decode(g.ids).strip() for g in made]

@@ -9,8 +9,7 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniglm.chat import Message
-from miniglm.qa.questions import normalize_question
+from miniglm.chat import Message, asked
 from miniglm.serving.service import Options, Piece, ServiceError
 
 if TYPE_CHECKING:
@@ -45,10 +44,7 @@ class RemoteService:
 
     def chat(self, messages: Sequence[Message], options: Options) -> AsyncIterator[Piece]:
         """See `Service`."""
-        asked = [
-            {**m, "content": normalize_question(m["content"])} if m["role"] == "user" else dict(m) for m in messages
-        ]
-        return self._stream("/chat/completions", {"messages": asked}, options)
+        return self._stream("/chat/completions", {"messages": asked(messages)}, options)
 
     def complete(self, prompt: str, options: Options) -> AsyncIterator[Piece]:
         """See `Service`."""

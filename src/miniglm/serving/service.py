@@ -11,10 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from miniglm.chat import Message, fit_prompt
+from miniglm.chat import Message, asked, fit_prompt
 from miniglm.generation import SamplingSettings
 from miniglm.model import GLM
-from miniglm.qa.questions import normalize_question
 from miniglm.serving.settings import Limits
 from miniglm.serving.worker import QueueFull, Request, ShuttingDown, Worker
 from miniglm.tokenizer import StreamingDetokenizer, Tokenizer
@@ -218,19 +217,7 @@ class LocalService:
 
     def _chat_prompt(self, messages: Sequence[Message], options: Options) -> list[int]:
         room = min(options.max_tokens, self.context // 2)
-        asked = [
-            {**m, "content": normalize_question(m["content"])} if m["role"] == "user" else dict(m) for m in messages
-        ]
-        # A long history costs one encoding of what fits, not one for every turn that `fit_prompt` drops.
-        system = [m for m in asked if m["role"] == "system"]
-        turns = [m for m in asked if m["role"] != "system"]
-        length, first = 0, len(turns)
-        while first > 0 and length <= self.context:
-            first -= 1
-            length += 1 + len(self.tokenizer.encode("\n" + turns[first]["content"]))
-        while first > 0 and turns[first]["role"] != "user":  # the turn that will be dropped is dropped whole
-            first -= 1
-        return fit_prompt(self.tokenizer, system + turns[first:], self.context, room)
+        return fit_prompt(self.tokenizer, asked(messages), self.context, room)
 
     def _submit(
         self, prompt: Sequence[int], options: Options, logprobs: int | None = None, choices: int = 1
