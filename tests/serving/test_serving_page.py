@@ -13,13 +13,14 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from playwright.sync_api import Browser, BrowserContext, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
 from report_sample import make_report
 from served import MODEL, serving
 
@@ -203,6 +204,13 @@ class Windows:
         go(page, self.url)
         return page
 
+    def close(self) -> None:
+        for context in self.contexts:
+            for page in context.pages if self.listening else ():
+                streams = Streams.of[page]
+                until(lambda streams=streams: streams.begun == streams.ended, page)  # type: ignore[misc]
+            context.close()
+
 
 @pytest.fixture
 def show(browser: Browser, site: Site, service: Scripted) -> Iterator[Windows]:
@@ -211,27 +219,47 @@ def show(browser: Browser, site: Site, service: Scripted) -> Iterator[Windows]:
     service.asked.clear()
     windows = Windows(browser, site.url)
     yield windows
-    for context in windows.contexts:
-        context.close()
+    windows.close()
     assert [url for url in windows.asked if not url.startswith((site.url, "data:", "blob:"))] == []
     assert windows.faults == []
 
 
-def go(page: Page, url: str | None = None) -> None:
-    """Opens an address, or the same one again, and waits until the page is at rest."""
-    ended: list[str] = []
+class Streams:
+    """The streams of events that a page has open: Gradio complains when one is cut by leaving."""
 
-    def note(request: Request) -> None:
-        if "queue/data" in request.url:
-            ended.append(request.url)
+    of: ClassVar[WeakKeyDictionary[Page, Streams]] = WeakKeyDictionary()
 
-    page.on("requestfinished", note)
-    page.on("requestfailed", note)  # Gradio closes the stream of an event that is over
-    page.goto(url) if url else page.reload()
-    until(lambda: bool(ended), page)  # what the browser kept has been shown
-    page.remove_listener("requestfinished", note)
-    page.remove_listener("requestfailed", note)
+    def __init__(self, page: Page) -> None:
+        self.begun = self.ended = 0
+        page.on("request", self._begin)
+        page.on("requestfinished", self._end)
+        page.on("requestfailed", self._end)  # Gradio closes the stream of an event that is over
+        self.of[page] = self
+
+    def _begin(self, request: Request) -> None:
+        self.begun += "queue/data" in request.url
+
+    def _end(self, request: Request) -> None:
+        self.ended += "queue/data" in request.url
+
+
+@contextmanager
+def arriving(page: Page, *, cut: bool = False) -> Iterator[None]:
+    """Goes to another address inside: what is streaming ends first, unless it shall be cut, and afterwards the new page
+    has come to rest."""
+    streams = Streams.of.get(page) or Streams(page)
+    if not cut:
+        until(lambda: streams.begun == streams.ended, page)
+    before = streams.begun
+    yield
+    until(lambda: before < streams.begun == streams.ended, page)  # what the browser kept has been shown
     page.wait_for_timeout(100)
+
+
+def go(page: Page, url: str | None = None, *, cut: bool = False) -> None:
+    """Opens an address, or the same one again, and waits until the page is at rest."""
+    with arriving(page, cut=cut):
+        page.goto(url) if url else page.reload()
 
 
 def ask(page: Page, question: str, *, wait: bool = True) -> None:
@@ -419,8 +447,9 @@ def test_two_languages(show: Windows) -> None:
     ask(page, "曹操是哪里人")
     assert page.locator("html").get_attribute("lang") == "zh-CN"
     assert "410 万参数" in page.locator("#header").inner_text() and "26.4" in page.locator("#header").inner_text()
-    page.get_by_role("link", name="English").click()
-    page.get_by_role("button", name="Send", exact=True).wait_for()
+    with arriving(page):
+        page.get_by_role("link", name="English").click()
+        page.get_by_role("button", name="Send", exact=True).wait_for()
     assert len(page.context.pages) == 1 and page.locator("html").get_attribute("lang") == "en"
     until(lambda: answers(page) == [ANSWER], page)
     assert "4.1 M parameters" in page.locator("#header").inner_text()
@@ -429,10 +458,11 @@ def test_two_languages(show: Windows) -> None:
     )
     ask(page, "无话")
     assert answers(page)[-1] == "The model wrote nothing."
-    page.goto(page.url.split("?")[0])
+    go(page, page.url.split("?")[0])
     page.get_by_role("button", name="Send", exact=True).wait_for()
-    page.get_by_role("link", name="中文").click()
-    page.get_by_role("button", name="发送", exact=True).wait_for()
+    with arriving(page):
+        page.get_by_role("link", name="中文").click()
+        page.get_by_role("button", name="发送", exact=True).wait_for()
 
 
 @pytest.mark.parametrize(("locale", "send"), [("zh-TW", "发送"), ("en-GB", "Send"), ("fr-FR", "Send")])
@@ -449,7 +479,7 @@ def test_the_history_stays_in_the_browser(show: Windows, site: Site) -> None:
     ask(page, "慢慢说", wait=False)
     until(lambda: len(answers(page)) == 2, page)
     show.listening = False  # Gradio complains of a window that is left in the middle
-    go(page)
+    go(page, cut=True)
     show.listening = True
     until(lambda: questions(page) == ["曹操是哪里人？", "慢慢说？"], page)
     assert answers(page) == [ANSWER], "of an answer that was cut short by leaving the question stays"
@@ -507,8 +537,14 @@ def test_settings_reach_the_model(show: Windows, service: Scripted) -> None:
     panel = page.locator("#ask .settings")
     for name, value in (("最长", "64"), ("温度", "0.7"), ("top-p", "0.9"), ("top-k", "40"), ("重复惩罚", "1.2")):
         box = panel.get_by_label(re.compile(f"number input for {name}"))
-        box.fill(value)
-        box.blur()
+        slider = panel.get_by_label(re.compile(f"range slider for {name}"))
+
+        def taken(box: Locator = box, slider: Locator = slider, value: str = value) -> bool:
+            box.fill(value)  # again: a folded panel that was just opened may not listen yet
+            box.blur()
+            return slider.input_value() == value
+
+        until(taken, page)
     panel.get_by_label("随机种子").fill("7")
     ask(page, "曹操是哪里人")
     assert service.asked[-1][1] == Options(64, 0.7, 0.9, 40, 1.2, 7)
@@ -749,8 +785,7 @@ def test_with_an_index_the_book_answers_unless_the_reader_wants_the_model(
         page.locator("#look-up input").uncheck()
         ask(page, "曹操是哪里人")
         assert answers(page)[-1] == ANSWER and len(service.asked) == 1
-        for context in windows.contexts:
-            context.close()
+        windows.close()
         assert windows.faults == []
     finally:
         site.close()
