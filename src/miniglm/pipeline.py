@@ -81,24 +81,29 @@ class Run:
     Args:
         path: the folder; made if it is not there.
         recipe: None takes the folder's own, or the default for a new one.
+        evaluating: open a run that is there to read it and write its report; another process may work on the rest.
 
     Raises:
         MiniGLMError: not a run folder, made by another version, or the recipe changes what is already on disk.
     """
 
-    def __init__(self, path: Path, recipe: Recipe | None = None) -> None:
+    def __init__(self, path: Path, recipe: Recipe | None = None, *, evaluating: bool = False) -> None:
         self.folder = RunFolder(path)
-        self.folder.create_or_open()
         self.path = path
+        self.told: set[str] = set()
         saved = path / "recipe.toml"
+        if evaluating:
+            self.folder.open_to_evaluate()
+        else:
+            self.folder.create_or_open()
         if recipe is None:
             recipe = load_recipe(saved if saved.exists() else None, {})
         elif saved.exists():
             _refuse_changes(saved, load_recipe(saved, {}), recipe)
         self.recipe = recipe
-        write_whole(saved, recipe.to_toml())
+        if not evaluating:
+            write_whole(saved, recipe.to_toml())
         self.device = pick_device(recipe.run.device)
-        self.told: set[str] = set()
 
     def skip(self, stage: str) -> None:
         """Says once that a stage is done already, unless this very process did it.
@@ -547,7 +552,7 @@ def evaluate(
     settings = settings or Settings()
     folder = find_model(path)
     before = None if earlier is None else read_report(earlier)
-    run = Run(path) if (path / "run.json").exists() else None
+    run = Run(path, evaluating=True) if (path / "run.json").exists() else None
     where = pick_device(device or ("auto" if run is None else run.recipe.run.device))
     model, tokenizer = load_model(folder, device=str(where))
     if qa:
