@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,8 +155,7 @@ def test_finetuned_whole_it_learns_and_is_a_plain_folder_again(public: Path, rec
 
 def check_result(run: Path, public: Path, recipe: Path) -> None:
     """The questions are learnt by heart, and transformers opens what was saved and answers the same."""
-    losses = [json.loads(line)["loss"] for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.2 * losses[0]
+    assert _losses(run)[-1] < 0.2 * _losses(run)[0]
     folder = run / "model"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (public / name).read_bytes()
@@ -186,6 +189,41 @@ def test_by_adapters_on_the_command_line(public: Path, recipe: Path, tmp_path: P
     ended = safetensors.torch.load_file(out / "model" / "model.safetensors")
     changed = {name for name in begun if not torch.equal(begun[name], ended[name])}
     assert changed == {name for name in begun if name.endswith("_proj.weight")}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGINT to a process of its own")
+@pytest.mark.parametrize("more", [["--lora"], ["--dtype", "bfloat16"]])
+def test_interrupted_and_resumed_it_ends_as_undisturbed(
+    public: Path, recipe: Path, tmp_path: Path, more: list[str]
+) -> None:
+    begin = ["finetune", "--init", str(public), *more, "--recipe", str(recipe), "--out"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert miniglm(*begin, whole).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "miniglm", *begin, str(cut)],
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONUTF8": "1"},
+    )
+    metrics = cut / "finetune" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and "接着做" in said and "Traceback" not in said
+    steps = metrics.read_bytes().count(b"\n")
+    assert 5 <= steps < 60 and not (cut / "model").exists()
+    done = miniglm("finetune", "--out", cut)  # it knows from what and how it began
+    assert done.returncode == 0, done.stderr
+    assert _losses(cut) == _losses(whole) and len(_losses(cut)) == 60
+    for name in sorted(path.name for path in (whole / "model").iterdir()):
+        assert (cut / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
 
 
 def small_model() -> GLM:
