@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from miniglm import training
+from miniglm.checkpoint import load_state, save_state
 from miniglm.dataset import Batch, Batches, TextRows
 from miniglm.errors import MiniGLMError
 from miniglm.model import GLM, ModelConfig
@@ -86,8 +87,6 @@ def test_a_killed_run_forgets_numbers_past_its_state(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 5, "loss": 9.0, "elapsed": 1.0}\n{"step": 6, "lo')
     state = tmp_path / "state.safetensors"
-    from miniglm.checkpoint import load_state, save_state
-
     tensors, meta = load_state(state)
     save_state(state, tensors, meta | {"finished": False})
     run(tmp_path, model(), stage(steps=8))
@@ -98,12 +97,12 @@ def test_a_killed_run_forgets_numbers_past_its_state(tmp_path: Path) -> None:
 
 def test_a_state_that_is_slow_to_save_is_saved_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [seconds_between_saves(cost) for cost in (0.01, 2.0, 4.0, 20.0, 100.0)] == [60, 60, 100, 500, 600]
-    plain, saved = training.save_state, list[int]()
+    saved: list[int] = []
 
     def slow(path: Path, tensors: Any, meta: Any) -> None:
         saved.append(meta["step"])
         time.sleep(0.1)
-        plain(path, tensors, meta)
+        save_state(path, tensors, meta)
 
     monkeypatch.setattr(training, "save_state", slow)
     monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
