@@ -678,6 +678,10 @@ ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 180.0
 """Share of the minutes in which the look-up's encoder learns, and the bounds of that in seconds."""
 INDEX_SHARE = 0.05
 """Share of the minutes kept for the rest of the index: its vectors, and learning to choose."""
+ALL_QUESTIONS = 10.0
+"""Minutes from which on all questions are asked in scoring; below, one of each part for every second, so that scoring
+does not take longer than training, but at least `LEAST_QUESTIONS`."""
+LEAST_QUESTIONS = 200
 SHOWN = 5
 """Validation questions that the demo shows with their answers."""
 
@@ -693,7 +697,8 @@ def demo(run: Run, begun: float) -> None:
     finetune(run, seconds)
     index(run)
     if not (run.path / "report" / "report.json").exists():
-        score(run, limit=None if (run.recipe.run.minutes or 0) >= 5 else 200)
+        minutes = run.recipe.run.minutes or 0
+        score(run, limit=None if minutes >= ALL_QUESTIONS else max(LEAST_QUESTIONS, round(60 * minutes)))
         run.note_stage("all", time.monotonic() - begun)
 
 

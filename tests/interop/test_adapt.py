@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import safetensors.torch
@@ -345,3 +348,77 @@ def test_names_that_cannot_be_fetched_say_what_to_do(tmp_path: Path, monkeypatch
     with pytest.raises(MiniGLMError, match="没有这个模型目录"):
         find_model_to_start_from(str(tmp_path / "nowhere"))
     assert find_model_to_start_from(str(tmp_path)) == tmp_path.resolve()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A folder under the name someone/glm, as the Hugging Face Hub's API serves a model."""
+
+    folder: Path
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self._reply(body=False)
+
+    def do_GET(self) -> None:
+        self._reply(body=True)
+
+    def _reply(self, body: bool) -> None:
+        place = self.path.split("?")[0]
+        commit, files = "0" * 40, {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        self.asked.append(place)
+        content: bytes | None
+        if place.startswith("/api/models/someone/glm/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            content = json.dumps(entries).encode()
+        elif place in ("/api/models/someone/glm", "/api/models/someone/glm/revision/main"):
+            content = json.dumps({"id": "someone/glm", "sha": commit, "siblings": []}).encode()
+        else:
+            content = files.get(place.removeprefix(f"/someone/glm/resolve/{commit}/"))
+        self.send_response(200 if content is not None else 404)
+        content = content or b""
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_a_name_on_the_hub_is_fetched_without_code_or_pickles(public: Path, tmp_path: Path) -> None:
+    """By the Hub's own library from a server of its API, which HF_ENDPOINT names as it would a mirror."""
+    pytest.importorskip("huggingface_hub")
+    shutil.copytree(public, tmp_path / "served")
+    for name in ("pytorch_model.bin", "modeling_glm.py"):
+        (tmp_path / "served" / name).write_bytes(b"never to be asked for")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (_Hub,), {"folder": tmp_path / "served"}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        code = "from miniglm.interop.hub import *; import sys; print(find_model_to_start_from(sys.argv[1]))"
+        environment = os.environ | {
+            **{"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")},
+            **{"HF_HUB_OFFLINE": "0", "PYTHONUTF8": "1"},
+        }
+        found = subprocess.run(
+            [sys.executable, "-c", code, "someone/glm"], capture_output=True, text=True, check=False, env=environment
+        )
+        assert found.returncode == 0, found.stderr
+        missing = subprocess.run(
+            [sys.executable, "-c", code, "someone/none"], capture_output=True, text=True, check=False, env=environment
+        )
+        assert "HF_ENDPOINT" in missing.stderr and "下载不了模型 someone/none" in missing.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    fetched = Path(found.stdout.strip())
+    model, tokenizer = load_model(fetched)
+    expected, _ = load_model(public)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert tokenizer.template is not None
+    assert not [place for place in _Hub.asked if place.endswith((".bin", ".py"))]
+    assert {path.suffix for path in fetched.iterdir()} <= {".json", ".safetensors", ".jinja"}
