@@ -14,7 +14,8 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import safetensors.torch
@@ -351,10 +352,10 @@ def test_names_that_cannot_be_fetched_say_what_to_do(tmp_path: Path, monkeypatch
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """A folder under the name someone/glm, as the Hugging Face Hub's API serves a model."""
+    """A folder under the name someone/glm, as the APIs of the Hugging Face Hub and of ModelScope serve a model."""
 
     folder: Path
-    asked: ClassVar[list[str]] = []
+    asked: list[str]
 
     def do_HEAD(self) -> None:
         self._reply(body=False)
@@ -363,9 +364,9 @@ class _Hub(BaseHTTPRequestHandler):
         self._reply(body=True)
 
     def _reply(self, body: bool) -> None:
-        place = self.path.split("?")[0]
+        place, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
         commit, files = "0" * 40, {path.name: path.read_bytes() for path in self.folder.iterdir()}
-        self.asked.append(place)
+        self.asked.append(self.path)
         content: bytes | None
         if place.startswith("/api/models/someone/glm/tree/"):
             entries = [
@@ -375,6 +376,15 @@ class _Hub(BaseHTTPRequestHandler):
             content = json.dumps(entries).encode()
         elif place in ("/api/models/someone/glm", "/api/models/someone/glm/revision/main"):
             content = json.dumps({"id": "someone/glm", "sha": commit, "siblings": []}).encode()
+        elif place == "/api/v1/models/someone/glm/repo/files":
+            entries = [
+                {"Type": "blob", "Name": name, "Path": name, "Size": len(data), "Revision": commit}
+                | {"Sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            content = json.dumps({"Code": 200, "Success": True, "Data": {"Files": entries}}).encode()
+        elif place == "/api/v1/models/someone/glm/repo":
+            content = files.get(query["FilePath"][0])
         else:
             content = files.get(place.removeprefix(f"/someone/glm/resolve/{commit}/"))
         self.send_response(200 if content is not None else 404)
@@ -390,35 +400,50 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_name_on_the_hub_is_fetched_without_code_or_pickles(public: Path, tmp_path: Path) -> None:
-    """By the Hub's own library from a server of its API, which HF_ENDPOINT names as it would a mirror."""
-    pytest.importorskip("huggingface_hub")
+@pytest.mark.parametrize(("library", "prefix"), [("huggingface_hub", ""), ("modelscope", "modelscope:")])
+def test_a_name_on_a_hub_is_fetched_without_code_or_pickles(
+    public: Path, tmp_path: Path, library: str, prefix: str
+) -> None:
+    """By the hub's own library from a server of its API, which a variable names as it would a mirror."""
+    pytest.importorskip(library)
     shutil.copytree(public, tmp_path / "served")
     for name in ("pytorch_model.bin", "modeling_glm.py"):
         (tmp_path / "served" / name).write_bytes(b"never to be asked for")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (_Hub,), {"folder": tmp_path / "served"}))
+    asked: list[str] = []
+    served = type("Served", (_Hub,), {"folder": tmp_path / "served", "asked": asked})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), served)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         code = "from miniglm.interop.hub import *; import sys; print(find_model_to_start_from(sys.argv[1]))"
+        address, home = f"http://127.0.0.1:{server.server_port}", str(tmp_path / "home")
         environment = os.environ | {
-            **{"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")},
-            **{"HF_HUB_OFFLINE": "0", "PYTHONUTF8": "1"},
+            **{"HF_ENDPOINT": address, "HF_HOME": home, "HF_HUB_OFFLINE": "0"},
+            **{"MODELSCOPE_ENDPOINT": address, "MODELSCOPE_CACHE": home, "PYTHONUTF8": "1"},
         }
         found = subprocess.run(
-            [sys.executable, "-c", code, "someone/glm"], capture_output=True, text=True, check=False, env=environment
+            [sys.executable, "-c", code, f"{prefix}someone/glm"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
         )
         assert found.returncode == 0, found.stderr
         missing = subprocess.run(
-            [sys.executable, "-c", code, "someone/none"], capture_output=True, text=True, check=False, env=environment
+            [sys.executable, "-c", code, f"{prefix}someone/none"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
         )
-        assert "HF_ENDPOINT" in missing.stderr and "下载不了模型 someone/none" in missing.stderr
+        assert f"下载不了模型 {prefix}someone/none" in missing.stderr and "--init 目录" in missing.stderr
     finally:
         server.shutdown()
         server.server_close()
-    fetched = Path(found.stdout.strip())
+    fetched = Path(found.stdout.splitlines()[-1])
     model, tokenizer = load_model(fetched)
     expected, _ = load_model(public)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
     assert tokenizer.template is not None
-    assert not [place for place in _Hub.asked if place.endswith((".bin", ".py"))]
-    assert {path.suffix for path in fetched.iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert asked and not [place for place in asked if place.endswith((".bin", ".py"))]
+    assert {path.name for path in fetched.iterdir()} >= {path.name for path in public.iterdir()}
+    assert not [path for path in fetched.iterdir() if path.suffix in (".bin", ".py")]
