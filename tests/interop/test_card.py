@@ -64,7 +64,12 @@ def test_the_folder_is_what_the_hub_and_modelscope_expect(run: Path) -> None:
 def test_modelscopes_library_takes_it_for_a_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pushing = pytest.importorskip("modelscope.hub.push_to_hub")
     pushed: list[str] = []
-    monkeypatch.setattr(pushing, "_api_push_to_hub", lambda repo, folder, *rest: not pushed.append(str(folder)))
+
+    def push(repo: str, folder: str, *rest: object) -> bool:
+        pushed.append(folder)
+        return True
+
+    monkeypatch.setattr(pushing, "_api_push_to_hub", push)
     assert pushing.push_to_hub("someone/sanguo", str(run / "model"), token="none")  # looks at the folder first
     with pytest.raises(AssertionError):
         pushing.push_to_hub("someone/sanguo", str(run / "corpus"), token="none")
