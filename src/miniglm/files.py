@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -207,5 +208,8 @@ def keep_dated(path: Path) -> None:
 
 def clean_temporaries(folder: Path) -> None:
     """Remove what a killed process left half written, anywhere below `folder`."""
-    for path in folder.rglob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+    for path in list(folder.rglob(f"{TEMPORARY}*")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
