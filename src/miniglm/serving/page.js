@@ -16,8 +16,8 @@
   let opener = null;
   document.addEventListener("click", event => (opener = event.target.closest?.("#conversation .option") ?? opener), true);
   document.addEventListener("keydown", event => event.key === "Escape" && document.querySelector("#shut")?.click());
-  new MutationObserver(changes => {
-    if (!opener || !changes.some(change => change.target.closest?.("#passage, .gradio-container"))) return;
+  new MutationObserver(() => {
+    if (!opener) return;
     const shut = document.querySelector("#shut"), mark = document.querySelector("#opened mark");
     if (mark && mark !== opener.mark) {
       opener.mark = mark;
