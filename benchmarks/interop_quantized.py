@@ -64,14 +64,18 @@ def of_gguf(file: Path, model: GLM, tokenizer: Tokenizer, examples: Sequence[Exa
         ids, first = encode_reference(tokenizer, example, context)
         total = 0.0
         for at in range(first, len(ids)):
-            # Nothing is told of a token that ends the answer or is part of a character: another is forced then, and all
-            # are read.
+            # Nothing is told of a token that ends the answer or is part of a character: another is forced then, and the
+            # likeliest are read, or all where it is not among them.
             shown = tokenizer.decode([ids[at]])
             whole = shown != "" and "\ufffd" not in shown
-            token, count = (ids[at], 1) if whole else (harmless, model.config.vocab_size)
-            made = ask("/completion", prompt=ids[:at], n_predict=1, n_probs=count, logit_bias=[[token, 1000.0]])
-            (read,) = made["completion_probabilities"]
-            told = {each["id"]: each["logprob"] for each in [*read["top_logprobs"], read]}
+            token = ids[at] if whole else harmless
+            told: dict[int, float] = {}
+            for count in (1, model.config.vocab_size) if whole else (32, model.config.vocab_size):
+                made = ask("/completion", prompt=ids[:at], n_predict=1, n_probs=count, logit_bias=[[token, 1000.0]])
+                (read,) = made["completion_probabilities"]
+                told = {each["id"]: each["logprob"] for each in [*read["top_logprobs"], read]}
+                if ids[at] in told:
+                    break
             total -= told[ids[at]]
         nats.append((total, len(ids) - first))
         made = ask("/v1/chat/completions", messages=messages_of(example), max_tokens=context // 2)

@@ -39,7 +39,7 @@ def test_cached_logits_are_the_uncached_ones(name: str, packed: bool, monkeypatc
     ids = torch.randint(0, 61, (3, 40), generator=torch.Generator().manual_seed(1))
     lengths = [5, 12, 9]
     full = model.logits(model(ids))
-    first = decoder.prefill([row[:n].tolist() for row, n in zip(ids, lengths, strict=True)], 0)
+    first = decoder.step([], [], [(row, ids[row, :n].tolist()) for row, n in enumerate(lengths)])
     for row, length in enumerate(lengths):
         torch.testing.assert_close(first[row], full[row, length - 1], atol=1e-4, rtol=1e-4)
     for _ in range(6):
@@ -51,7 +51,7 @@ def test_cached_logits_are_the_uncached_ones(name: str, packed: bool, monkeypatc
     now = decoder.step([int(ids[2, lengths[2]]), int(ids[1, lengths[1]])], [lengths[2], lengths[1]])
     torch.testing.assert_close(now[0], full[2, lengths[2]], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(now[1], full[1, lengths[1]], atol=1e-4, rtol=1e-4)
-    again = decoder.prefill([ids[0, :30].tolist()], 2)
+    again = decoder.step([], [], [(2, ids[0, :30].tolist())])
     torch.testing.assert_close(again[0], full[0, 29], atol=1e-4, rtol=1e-4)
 
 
@@ -59,7 +59,7 @@ def test_cached_logits_are_the_uncached_ones(name: str, packed: bool, monkeypatc
 def test_bfloat16_is_decoded_without_conversion() -> None:
     model = random_model(PLAIN, torch.bfloat16)
     decoder = CachedDecoder(model, slots=1, capacity=16)
-    decoder.prefill([[1, 2, 3]], 0)
+    decoder.step([], [], [(0, [1, 2, 3])])
     logits = decoder.step([4], [3])
     assert logits.dtype == torch.bfloat16
     expected = model.logits(model(torch.tensor([[1, 2, 3, 4]])))[0, -1]
@@ -83,5 +83,5 @@ def test_adapters_in_place_of_matrices_are_not_passed_over() -> None:
     layer.self_attn.o_proj = doubled
     expected = model.logits(model(torch.tensor([[1, 2, 3, 4]])))[0, -1]
     decoder = CachedDecoder(model, slots=1, capacity=16)
-    decoder.prefill([[1, 2, 3]], 0)
+    decoder.step([], [], [(0, [1, 2, 3])])
     torch.testing.assert_close(decoder.step([4], [3])[0], expected, atol=1e-4, rtol=1e-4)

@@ -5,31 +5,33 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from running import fails, miniglm
 
 from miniglm.checkpoint import RunFolder
 from miniglm.errors import MiniGLMError
-from miniglm.locking import HOLDER, hold
+from miniglm.locking import HOLDER, REPORT, hold
 
 HOLD = """
 import sys
 from pathlib import Path
 from miniglm.checkpoint import RunFolder
 folder = RunFolder(Path(sys.argv[1]))
-folder.create_or_open()
+folder.open_to_evaluate() if "report" in sys.argv else folder.create_or_open()
 print("held", flush=True)
 sys.stdin.read()
 """
 
 
-def holder(path: Path) -> subprocess.Popen[str]:
+def holder(path: Path, *more: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(path), *more], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
@@ -73,3 +75,30 @@ def test_one_process_may_open_its_folder_twice_and_leaves_it_when_it_drops_it(tm
     process = holder(path)
     process.communicate("")
     assert process.returncode == 0
+
+
+def test_a_run_at_work_can_be_evaluated_and_only_once_at_a_time(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    trains = holder(run)
+    try:
+        recipe = (run / "recipe.toml").stat().st_mtime_ns
+        done = miniglm("evaluate", run, "--limit", "2")
+        assert done.returncode == 0, done.stderr
+        assert json.loads((run / HOLDER).read_text("utf-8"))["pid"] == trains.pid
+        assert (run / "recipe.toml").stat().st_mtime_ns == recipe
+    finally:
+        trains.communicate("")
+    evaluates = holder(run, REPORT)
+    try:
+        fails("evaluate", run, words=("评测报告", str(evaluates.pid), "等它结束再评测"))
+        half, old = run / "report" / ".miniglm-tmp-being-written", run / ".miniglm-tmp-of-a-killed-one"
+        half.write_text("half")
+        old.write_text("half")
+        RunFolder(run).create_or_open()
+        assert half.exists() and not old.exists()
+    finally:
+        evaluates.kill()
+        evaluates.communicate()
+    RunFolder(run).create_or_open()
+    assert not half.exists()

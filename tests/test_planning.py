@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 
+from miniglm.errors import MiniGLMError
 from miniglm.planning import Plan, choose_precision, plan
 from miniglm.recipe import load_recipe
 
 
-def made(precision: str = "float32", has_pairs: bool = True) -> Plan:
+def made(precision: str = "float32", has_pairs: bool = True, **model: int) -> Plan:
     return plan(
-        load_recipe(None, {}),
+        load_recipe(None, {f"model.{name}": size for name, size in model.items()}),
         vocab_size=4096,
         characters=600_000,
         tokens=480_000,
@@ -41,3 +42,21 @@ def test_bfloat16_only_where_it_is_fast() -> None:
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         assert choose_precision(torch.device("cpu")) == "float32"
     assert choose_precision(torch.device("cpu")) in ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("hidden", [4, 8, 16, 24, 31, 33, 48, 100, 191, 192, 1000])
+def test_any_width_has_heads_or_says_what_does_not_fit(hidden: int) -> None:
+    if hidden == 31:
+        with pytest.raises(MiniGLMError, match=r"head_dim = 31.*32 的倍数"):
+            made(hidden_size=hidden)
+        return
+    found = made(hidden_size=hidden).model
+    assert found.num_attention_heads >= 1 and found.num_attention_heads * found.head_dim <= hidden
+    assert made(hidden_size=30, head_dim=16).model.head_dim == 16  # what is given mends what would not fit
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    with pytest.raises(MiniGLMError, match=r"num_attention_heads = 6 .*num_key_value_heads = 4"):
+        made(num_attention_heads=6, num_key_value_heads=4)
+    with pytest.raises(MiniGLMError, match="head_dim = 0"):
+        made(hidden_size=16, num_attention_heads=32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from miniglm import training
+from miniglm.checkpoint import load_state, save_state
 from miniglm.dataset import Batch, Batches, TextRows
 from miniglm.errors import MiniGLMError
 from miniglm.model import GLM, ModelConfig
 from miniglm.optimizer import learning_rate_factor
-from miniglm.training import Interrupted, Progress, Stage, TrainResult, train
+from miniglm.training import Interrupted, Progress, Stage, TrainResult, seconds_between_saves, train
 
 CONTEXT = 24
 
@@ -84,14 +87,30 @@ def test_a_killed_run_forgets_numbers_past_its_state(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 5, "loss": 9.0, "elapsed": 1.0}\n{"step": 6, "lo')
     state = tmp_path / "state.safetensors"
-    from miniglm.checkpoint import load_state, save_state
-
     tensors, meta = load_state(state)
     save_state(state, tensors, meta | {"finished": False})
     run(tmp_path, model(), stage(steps=8))
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()] == list(
         range(1, 9)
     )
+
+
+def test_a_state_that_is_slow_to_save_is_saved_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [seconds_between_saves(cost) for cost in (0.01, 2.0, 4.0, 20.0, 100.0)] == [60, 60, 100, 500, 600]
+    saved: list[int] = []
+
+    def slow(path: Path, tensors: Any, meta: Any) -> None:
+        saved.append(meta["step"])
+        time.sleep(0.1)
+        save_state(path, tensors, meta)
+
+    monkeypatch.setattr(training, "save_state", slow)
+    monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
+    run(tmp_path / "often", model(), stage(steps=6, evaluate_every=6))
+    monkeypatch.setattr(training, "SAVE_SHARE", 1e9)
+    often, saved = len(saved), []
+    run(tmp_path / "always", model(), stage(steps=6, evaluate_every=6))
+    assert saved == [0, 1, 2, 3, 4, 5, 6] and often == 2
 
 
 def test_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> None:

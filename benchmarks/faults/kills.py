@@ -6,7 +6,8 @@ Each round takes a folder at the start of a stage, kills the stage's verb severa
 right when a file is being written, and lets it end at last. After every kill: each model folder there is loads and is a
 model that an undisturbed run saved too; each saved state is one that an undisturbed run was in; every other file is
 whole; and what the killed process left half written is gone once the next one has the folder. In the end losses, model
-and answers are the undisturbed run's. Prints a table and writes JSON. Processes are forked from one that has torch
+and answers are the undisturbed run's. `qa synthesize` is killed too, while a scripted endpoint answers it: what it had
+accepted stays accepted, and in the end every row is there once. Prints a table and writes JSON. Processes are forked from one that has torch
 loaded, where the system can fork, so that the kills fall into the work and not into imports.
 """
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -30,6 +30,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from scripted_endpoint import ScriptedEndpoint, facts_of, passage_text  # noqa: E402
+
 STEPS = 12
 RECIPE = f"""
 [run]
@@ -61,6 +65,10 @@ SCENARIOS = {
     "demo": (None, ["demo", "--no-chat"]),
 }
 """Which saved folder a round begins with (None: with nothing), and the verb that is killed."""
+SYNTHESIS = "synthesis"
+"""The scenario beside those: not a stage of a run."""
+PASSAGES = 120
+"""Of the book that questions are made for."""
 KILLS_A_ROUND = 8
 """Then the verb may end, and the round is compared with the undisturbed run."""
 
@@ -72,6 +80,7 @@ def make_material(folder: Path) -> None:
     (folder / "书.txt").write_text("\n".join(lines), "utf-8")
     (folder / "qa.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows[:60]), "utf-8")
     (folder / "recipe.toml").write_text(RECIPE, "utf-8")
+    (folder / "客店.txt").write_text("\n".join(passage_text(n) for n in range(PASSAGES)), "utf-8")
 
 
 def arguments(verb: list[str], material: Path, run: Path) -> list[str]:
@@ -142,7 +151,7 @@ def broken_files(run: Path) -> list[str]:
                 unsealed(json.loads(path.read_text("utf-8")))
             elif path.suffix == ".jsonl":
                 lines = path.read_bytes().split(b"\n")
-                growing = path.name in ("metrics.jsonl", "progress.jsonl")
+                growing = path.name in ("metrics.jsonl", "progress.jsonl", "journal.jsonl")
                 for line in lines[:-1] if growing else lines:
                     json.loads(line or b"{}")
             elif path.suffix in (".npy", ".npz"):
@@ -152,6 +161,10 @@ def broken_files(run: Path) -> list[str]:
         except Exception as error:  # whatever it is, it is a finding
             found.append(f"{path.relative_to(run)}: {error}")
     return found
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 @dataclass
@@ -203,14 +216,20 @@ class Bench:
         self.context: Any = multiprocessing.get_context(method)  # typeshed's contexts have no common base with Process
         if method == "forkserver":
             self.context.set_forkserver_preload(
-                ["miniglm.cli", "miniglm.pipeline", "miniglm.evaluation.pictures", "matplotlib.pyplot"]
+                [
+                    *("miniglm.cli", "miniglm.pipeline", "miniglm.evaluation.pictures", "matplotlib.pyplot"),
+                    *("miniglm.qa.synthesis", "openai", "tenacity", "rapidfuzz.process"),
+                ]
             )
         self.material = scratch / "material"
         self.material.mkdir(parents=True)
         make_material(self.material)
 
     def start(self, verb: list[str], run: Path, log: Path | None = None) -> Any:
-        process = self.context.Process(target=work, args=(arguments(verb, self.material, run), log))
+        return self.started(arguments(verb, self.material, run), log)
+
+    def started(self, command: list[str], log: Path | None = None) -> Any:
+        process = self.context.Process(target=work, args=(command, log))
         process.start()
         return process
 
@@ -238,7 +257,7 @@ class Bench:
     def round(self, name: str, kills: int, known: Undisturbed, tally: Tally) -> None:
         """Kills one run up to `kills` times and compares its end with the undisturbed run."""
         from miniglm.files import TEMPORARY
-        from miniglm.locking import HOLDER
+        from miniglm.locking import HOLDER, REPORT
 
         before, verb = SCENARIOS[name]
         run = self.scratch / "round"
@@ -261,7 +280,7 @@ class Bench:
             ended = process.exitcode == 0
             if last and not ended:
                 tally.lost.append(f"{name}: did not resume, exit code {process.exitcode}")
-            holder = run / HOLDER
+            holder = run / (f"{REPORT}.lock.json" if name == "evaluate" else HOLDER)
             if holder.exists() and json.loads(holder.read_text("utf-8"))["pid"] == process.pid:
                 tally.lost += [f"{name}: still there at the next start: {path.name}" for path in left if path.exists()]
             left = set(run.rglob(f"{TEMPORARY}*"))
@@ -282,6 +301,76 @@ class Bench:
         if name in ("evaluate", "demo") and answers_of(run) != known.answers:
             tally.lost.append(f"{name}: other answers")
 
+    def synthesis_round(self, kills: int, tally: Tally) -> None:
+        """Kills one synthesis up to `kills` times, then lets it end."""
+        from miniglm.files import TEMPORARY
+
+        place = self.scratch / "round"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        out, journal = place / "set.jsonl", place / "set.synthesis" / "journal.jsonl"
+        holder = place / "set.synthesis" / "synthesis.lock.json"
+        accepted: dict[str, Any] = {}
+        left: set[Path] = set()
+        with ScriptedEndpoint(delay=0.05) as server:
+            command = [
+                *(
+                    "qa",
+                    "synthesize",
+                    str(self.material / "客店.txt"),
+                    "--out",
+                    str(out),
+                    "--model",
+                    "scripted",
+                    "--yes",
+                ),
+                *("--base-url", server.base_url, "--passage", "120", "--facts", "2", "--phrasings", "2"),
+            ]
+            for number in range(kills + 1):
+                done, last = len(accepted), number == kills
+                process = self.started(command)
+                if not last:
+                    # At a random passage, or right when the set itself is being written at the end.
+                    wanted = self.random.randint(done, PASSAGES)
+                    writing = self.random.random() < 0.25
+                    while process.is_alive() and (
+                        not any(place.rglob(f"{TEMPORARY}*")) if writing else _lines(journal) < wanted
+                    ):
+                        pass
+                    time.sleep(0 if writing else self.random.uniform(0, 0.02))
+                    process.kill()
+                process.join()
+                ended = process.exitcode == 0
+                if last and not ended:
+                    tally.lost.append(f"{SYNTHESIS}: did not resume, exit code {process.exitcode}")
+                if holder.exists() and json.loads(holder.read_text("utf-8"))["pid"] == process.pid:
+                    tally.lost += [f"{SYNTHESIS}: still there: {path.name}" for path in left if path.exists()]
+                left = set(place.rglob(f"{TEMPORARY}*"))
+                if not ended and not last:
+                    tally.kills += 1
+                    tally.writing += bool(left)
+                    tally.leftovers += len(left)
+                tally.lost += [f"{SYNTHESIS}: {broken}" for broken in broken_files(place)]
+                records = (
+                    [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]] if journal.exists() else []
+                )
+                now = {record["passage"]: record["rows"] for record in records}
+                if len(now) < len(records):
+                    tally.lost.append(f"{SYNTHESIS}: a passage is in the journal twice")
+                tally.lost += [f"{SYNTHESIS}: passage {p} lost" for p in accepted if now.get(p) != accepted[p]]
+                accepted = now
+                if ended:
+                    break
+        tally.rounds += 1
+        if left:
+            tally.lost.append(f"{SYNTHESIS}: temporary files after an end: {sorted(path.name for path in left)}")
+        wanted_rows = Counter(q for n in range(PASSAGES) for f in facts_of(passage_text(n)) for q in f["questions"])
+        found = Counter(json.loads(line)["question"] for line in out.read_text("utf-8").splitlines())
+        if found != wanted_rows:
+            tally.lost.append(
+                f"{SYNTHESIS}: {(wanted_rows - found).total()} lost, {(found - wanted_rows).total()} doubled"
+            )
+
     def check(self, name: str, run: Path, known: Undisturbed, tally: Tally) -> None:
         """What must hold after every kill."""
         from miniglm.errors import MiniGLMError
@@ -301,14 +390,16 @@ def kill_runs(scratch: Path, kills: int, seed: int, say: Callable[[str], None]) 
     bench = Bench(scratch, seed)
     known = bench.undisturbed()
     say("undisturbed: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in known.seconds.items()))
-    tallies = {name: Tally() for name in SCENARIOS}
-    for number, name in enumerate(SCENARIOS):
-        tally, wanted = tallies[name], (kills + number) // len(SCENARIOS)
+    tallies = {name: Tally() for name in (SYNTHESIS, *SCENARIOS)}
+    for number, (name, tally) in enumerate(tallies.items()):
+        wanted = (kills + number) // len(tallies)
         while tally.kills < wanted:
-            bench.round(name, min(KILLS_A_ROUND, wanted - tally.kills), known, tally)
+            at_once = min(KILLS_A_ROUND, wanted - tally.kills)
+            if name == SYNTHESIS:
+                bench.synthesis_round(at_once, tally)
+            else:
+                bench.round(name, at_once, known, tally)
             say(f"{name}: {tally.kills} kills, {len(tally.lost)} lost")
-    if importlib.util.find_spec("miniglm.qa.synthesis") is None:
-        say("synthesis: not in this version, skipped")
     return {name: vars(tally) for name, tally in tallies.items()}
 
 

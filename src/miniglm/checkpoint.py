@@ -33,7 +33,7 @@ from miniglm.files import (
     write_whole,
     written_whole,
 )
-from miniglm.locking import HOLDER, LOCK, hold
+from miniglm.locking import HOLDER, LOCK, REPORT, hold, is_held
 from miniglm.model import GLM, ModelConfig
 from miniglm.tokenizer import Tokenizer
 
@@ -460,7 +460,17 @@ class RunFolder:
         if not mark.exists():
             write_json(mark, {"format": FORMAT, "miniglm": __version__}, indent=None)
         with contextlib.suppress(OSError):
-            clean_temporaries(self.path)
+            # An evaluation, which only reads the run, may be writing its report meanwhile.
+            clean_temporaries(self.path, but=self.path / "report" if is_held(self.path, REPORT) else None)
+
+    def open_to_evaluate(self) -> None:
+        """Opens a run to read it and write its report, whoever else works on the rest of it.
+
+        Raises:
+            MiniGLMError: not a run folder, a run of another version, or another process evaluates it.
+        """
+        _check_format(self.path / "run.json")
+        self.lock = hold(self.path, REPORT, what="运行的评测报告", fix="等它结束再评测")
 
 
 def _check_format(mark: Path) -> None:

@@ -7,23 +7,30 @@ which token is taken next (generation.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniglm.model import GLM, MLP, DecoderLayer, rotate
+from miniglm.model import GLM, MLP, DecoderLayer, RMSNorm, rotate
 
 MAX_PACKED = 2**28
 """Bytes of weights that are copied into the layout that single rows are fastest with; larger models stay as they are,
 for there the copy costs more memory than it saves time."""
 
+ALONE = 16
+"""Below so many rows a small model is read by one thread: there is too little to share, and where another process has
+the second core, each product waits for it (75 ms a token in place of 1.3, measured on 2 cores)."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Packed:
-    """A layer's matrices as (in, out), so that one row times a matrix reads it in order; q, k and v as one."""
+    """A layer's matrices as (in, out), so that one row times a matrix reads it in order; q, k and v as one; the weight
+    of the norm before a matrix is multiplied into it."""
 
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -61,81 +68,115 @@ class CachedDecoder:
         self.layers = layers
         small = model.config.num_parameters * weight.element_size() <= MAX_PACKED
         plain = all(type(module) is nn.Linear for layer in layers for module in _matrices(layer))
+        plain = plain and self.dtype == torch.float32
         self.packed = [_pack(layer) for layer in layers] if small and plain else None
-        self.head = model.lm_head.weight.t().contiguous() if small and plain else None
+        self.head = _behind_norm(model.lm_head.weight, model.model.norm) if small and plain else None
+        # sqrt(sum of squares / D + eps) is hypot(norm, sqrt(D · eps)) / sqrt(D): three operations in place of eight
+        self.floor = torch.tensor(
+            math.sqrt(config.hidden_size * config.rms_norm_eps), device=self.device, dtype=self.dtype
+        )
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies what slot `source` has of its first `length` positions to slot `target`."""
         for cache in self.cache:
             cache[target, :, :length] = cache[source, :, :length]
 
-    def prefill(self, sequences: Sequence[Sequence[int]], first: int) -> Tensor:
-        """Reads whole sequences, from position 0, into slots `first`, `first` + 1, …; logits after the last token of
-        each, (n, V)."""
-        lengths = [len(ids) for ids in sequences]
-        longest = max(lengths)
-        # What stands right of a shorter sequence is never seen: later tokens overwrite it before anyone looks there.
-        ids = torch.tensor([[*s, *[0] * (longest - len(s))] for s in sequences], device=self.device)
-        x = self.model.embed(ids, None)
-        table = self.model.rotary(None, longest)
-        slots = slice(first, first + len(sequences))
-        for number, layer in enumerate(self.layers):
-            attention = layer.self_attn
-            y = layer.input_layernorm(x)
-            qkv = self._qkv(number, y, table)
-            q, kv = qkv[:, :, : self.heads].transpose(1, 2), qkv[:, :, self.heads :].transpose(1, 2)
-            self.cache[number][slots, :, :longest] = kv
-            y = F.scaled_dot_product_attention(
-                q, kv[:, : self.kv_heads], kv[:, self.kv_heads :], is_causal=True, enable_gqa=attention.grouped
-            )
-            x = x + attention.o_proj(y.transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        last = x[torch.arange(len(lengths), device=self.device), torch.tensor(lengths, device=self.device) - 1]
-        return self._logits(last)
+    def step(
+        self, ids: Sequence[int], positions: Sequence[int], whole: Sequence[tuple[int, Sequence[int]]] = ()
+    ) -> Tensor:
+        """Reads one token of each sequence in slots 0 to n, and other sequences as a whole, in one pass: the weights
+        come from memory once for all of them (Yu et al. 2022, Orca, OSDI '22: selective batching).
 
-    def step(self, ids: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Reads one token of each sequence in slots 0 to n, at its position; logits after it, (n, V)."""
+        Args:
+            ids: a token of each of the slots 0 to n.
+            positions: where it stands in its sequence.
+            whole: (slot, token ids from position 0). A slot that is among the first n too gets what is read here.
+
+        Returns:
+            Logits after the last token of each, (n + len(whole), V).
+        """
         n = len(ids)
-        longest = max(positions) + 1
-        at = torch.tensor(positions, device=self.device)
+        spans: list[tuple[int, int, int]] = []  # slot, first row, end
+        flat, places, last = list(ids), list(positions), list(range(n))
+        for slot, sequence in whole:
+            spans.append((slot, len(flat), len(flat) + len(sequence)))
+            flat += sequence
+            places += range(len(sequence))
+            last.append(len(flat) - 1)
+        alone = self.packed is not None and self.device.type == "cpu" and len(flat) < ALONE
+        with _threads(1) if alone else nullcontext():
+            return self._read(flat, places, positions, spans, last)
+
+    def _read(
+        self,
+        flat: Sequence[int],
+        places: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[tuple[int, int, int]],
+        last: Sequence[int],
+    ) -> Tensor:
+        """`step`, with all tokens in one row of rows.
+
+        Args:
+            flat: every token that is read.
+            places: the position of each.
+            positions: those of the slots 0 to n, which come first.
+            spans: slot, first row and end of each whole sequence.
+            last: the rows whose logits are wanted.
+        """
+        n = len(positions)
+        at = torch.tensor(places, device=self.device)
+        table = self.model.rotary(at[:, None], max(places) + 1)[:, 0]
+        x = self.model.embed(torch.tensor(flat, device=self.device), at)
+        mask, seen = self._mask(positions), max(positions, default=-1) + 1
         slots = torch.arange(n, device=self.device)
-        mask = None
-        if min(positions) + 1 < longest:  # sequences of different length: each sees its own positions only
-            hidden = torch.arange(longest, device=self.device) > at[:, None]
-            mask = torch.zeros(n, longest, device=self.device, dtype=self.dtype)
-            mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
-        table = self.model.rotary(at[:, None], longest)
-        x = self.model.embed(torch.tensor(ids, device=self.device), at)
         for number, layer in enumerate(self.layers):
-            qkv = self._qkv(number, layer.input_layernorm(x)[:, None], table)[:, 0]
-            cache = self.cache[number]
-            cache[slots, :, at] = qkv[:, self.heads :]
-            kv = cache[:n, :, :longest]
-            # The query heads of a group see the same keys: they stand as that many queries of one head.
-            q = qkv[:, : self.heads].reshape(n, self.kv_heads, -1, self.head_dim)
-            y = F.scaled_dot_product_attention(q, kv[:, : self.kv_heads], kv[:, self.kv_heads :], attn_mask=mask)
-            y = y.reshape(n, -1)
-            if self.packed is None:
-                x = x + layer.self_attn.o_proj(y)
-                x = x + layer.mlp(layer.post_attention_layernorm(x))
-            else:
-                packed = self.packed[number]
-                x = torch.addmm(x, y, packed.o)
-                gate, up = (layer.post_attention_layernorm(x) @ packed.gate_up).chunk(2, dim=-1)
-                x = torch.addmm(x, F.silu(gate).mul_(up), packed.down)
-        return self._logits(x)
+            qkv = self._qkv(number, x, table)
+            q, kv, cache = qkv[:, : self.heads], qkv[:, self.heads :], self.cache[number]
+            parts: list[Tensor] = []
+            if n:
+                cache[slots, :, at[:n]] = kv[:n]
+                past = cache[:n, :, :seen]
+                # The query heads of a group see the same keys: they stand as that many queries of one head.
+                grouped = q[:n].reshape(n, self.kv_heads, -1, self.head_dim)
+                keys, values = past[:, : self.kv_heads], past[:, self.kv_heads :]
+                parts.append(F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(n, -1))
+            for slot, begin, end in spans:
+                own = kv[begin:end].transpose(0, 1)
+                cache[slot, :, : end - begin] = own
+                seq = F.scaled_dot_product_attention(
+                    q[None, begin:end].transpose(1, 2),
+                    own[None, : self.kv_heads],
+                    own[None, self.kv_heads :],
+                    is_causal=True,
+                    enable_gqa=layer.self_attn.grouped,
+                )
+                parts.append(seq[0].transpose(0, 1).flatten(1))
+            y = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if spans and number == len(self.layers) - 1:  # of the rest only the keys and values were wanted
+                x, y = x[last], y[last]
+            x = self._after_attention(number, x, y)
+        return self.model.logits(self.model.model.norm(x)) if self.head is None else self._scaled(x) @ self.head
+
+    def _mask(self, positions: Sequence[int]) -> Tensor | None:
+        """Added to the scores of sequences of different length, (n, 1, 1, longest): each sees its own positions."""
+        if not positions or min(positions) == max(positions):
+            return None
+        longest = max(positions) + 1
+        hidden = torch.arange(longest, device=self.device) > torch.tensor(positions, device=self.device)[:, None]
+        mask = torch.zeros(len(positions), longest, device=self.device, dtype=self.dtype)
+        return mask.masked_fill_(hidden, -torch.inf)[:, None, None]
 
     def _qkv(self, number: int, x: Tensor, table: Tensor) -> Tensor:
-        """Rotated queries, rotated keys and values of a layer's input (batch, seq, D): (batch, seq, heads, head_dim)."""
+        """Rotated queries, rotated keys and values of what a layer reads (rows, D): (rows, heads, head_dim)."""
         if self.packed is None:
-            attention = self.layers[number].self_attn
+            attention, x = self.layers[number].self_attn, self.layers[number].input_layernorm(x)
             qkv = torch.cat((attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)), dim=-1)
         else:
-            packed = self.packed[number]
-            flat = x.flatten(0, 1)
-            qkv = flat @ packed.qkv if packed.qkv_bias is None else torch.addmm(packed.qkv_bias, flat, packed.qkv)
-        qkv = qkv.view(*x.shape[:2], -1, self.head_dim)
-        turned = qkv[:, :, : self.heads + self.kv_heads]
+            packed, x = self.packed[number], self._scaled(x)
+            qkv = x @ packed.qkv if packed.qkv_bias is None else torch.addmm(packed.qkv_bias, x, packed.qkv)
+        qkv = qkv.view(len(x), -1, self.head_dim)
+        turned = qkv[:, : self.heads + self.kv_heads]
         if qkv.dtype == torch.float32:  # in place, without a copy
             pairs = turned[..., : 2 * table.shape[-1]]
             torch.view_as_complex(pairs.view(*pairs.shape[:-1], -1, 2)).mul_(table)
@@ -143,9 +184,32 @@ class CachedDecoder:
             turned.copy_(rotate(turned, table))
         return qkv
 
-    def _logits(self, x: Tensor) -> Tensor:
-        hidden = self.model.model.norm(x)
-        return self.model.logits(hidden) if self.head is None else hidden @ self.head
+    def _after_attention(self, number: int, x: Tensor, y: Tensor) -> Tensor:
+        """A layer's residual stream after what attention saw, y (rows, heads · head_dim), and after the MLP."""
+        if self.packed is None:
+            layer = self.layers[number]
+            x = x + layer.self_attn.o_proj(y)
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+            return x
+        packed = self.packed[number]
+        x = torch.addmm(x, y, packed.o)
+        gate, up = (self._scaled(x) @ packed.gate_up).chunk(2, dim=-1)
+        return torch.addmm(x, F.silu(gate).mul_(up), packed.down)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """What a norm leaves but for its weight and sqrt(D), which are in the packed matrix behind it."""
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / torch.hypot(norm, self.floor)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _matrices(layer: DecoderLayer) -> Sequence[nn.Module]:
@@ -161,9 +225,14 @@ def _pack(layer: DecoderLayer) -> _Packed:
     three = (attention.q_proj, attention.k_proj, attention.v_proj)
     biases: list[Tensor] = [module.bias for module in three if module.bias is not None]
     return _Packed(
-        qkv=torch.cat([module.weight for module in three]).t().contiguous(),
+        qkv=_behind_norm(torch.cat([module.weight for module in three]), layer.input_layernorm),
         qkv_bias=torch.cat(biases) if biases else None,
         o=attention.o_proj.weight.t().contiguous(),
-        gate_up=mlp.gate_up_proj.weight.t().contiguous(),
+        gate_up=_behind_norm(mlp.gate_up_proj.weight, layer.post_attention_layernorm),
         down=mlp.down_proj.weight.t().contiguous(),
     )
+
+
+def _behind_norm(weight: Tensor, norm: RMSNorm) -> Tensor:
+    """A matrix (out, in) as (in, out) that reads `CachedDecoder._scaled` in place of the norm."""
+    return (weight * norm.weight * math.sqrt(weight.shape[1])).t().contiguous()

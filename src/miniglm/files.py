@@ -41,7 +41,7 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[BinaryIO
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The same folder, because os.replace is atomic only within one file system.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=TEMPORARY, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_temporary(path), delete=False) as file:
             temporary = Path(file.name)
             yield file  # type: ignore[misc]  # typeshed's wrapper delegates every method of BinaryIO
             file.flush()
@@ -205,7 +205,23 @@ def keep_dated(path: Path) -> None:
         raise MiniGLMError(f"改不了名（{error.strerror}），没有动它", path=path, fix="请检查文件夹的写权限") from None
 
 
-def clean_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half written, anywhere below `folder`."""
+def _temporary(path: Path) -> str:
+    """How the name of the file begins that becomes `path`. A digest, since names may be as long as a name can be."""
+    return f"{TEMPORARY}{hashlib.sha256(path.name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}-"
+
+
+def clean_temporaries(folder: Path, but: Path | None = None) -> None:
+    """Remove what a killed process left half written, anywhere below `folder`.
+
+    Args:
+        but: a folder below it that is left alone.
+    """
     for path in folder.rglob(f"{TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        if but is None or but not in path.parents:
+            path.unlink(missing_ok=True)
+
+
+def clean_temporaries_of(path: Path) -> None:
+    """Remove what a killed process left of the file `path`, half written beside it; other files' stay."""
+    for temporary in path.parent.glob(f"{_temporary(path)}*"):
+        temporary.unlink(missing_ok=True)

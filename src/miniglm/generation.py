@@ -180,22 +180,22 @@ class ContinuousBatch:
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Makes one token of every sequence; what ended is gone from the batch afterwards."""
-        logits: list[Tensor] = []
-        if self.live:
-            over = [slot for slot, s in enumerate(self.live) if len(s.ids) > self.context]
-            for slot in over:
-                self.live[slot].ids = self._window(self.live[slot].ids)
-            read = self.decoder.step([s.ids[-1] for s in self.live], [len(s.ids) - 1 for s in self.live])
-            for slot in over:  # its positions have changed, so all of it is read anew
-                read[slot] = self.decoder.prefill([self.live[slot].ids], slot)[0]
-            logits.append(read)
-        for group in _by_length(self.joining):
-            logits.append(self.decoder.prefill([s.ids for s in group], len(self.live)))
-            self.live += group
-        self.joining = []
+        live, joining = self.live, self.joining
+        self.live, self.joining = [*live, *joining], []
         if not self.live:
             return []
-        scores = torch.cat(logits) if len(logits) > 1 else logits[0]
+        over = [slot for slot, s in enumerate(live) if len(s.ids) > self.context]
+        for slot in over:  # its positions change, so all of it is read anew
+            live[slot].ids = self._window(live[slot].ids)
+        whole = [*over, *range(len(live), len(self.live))]
+        scores = self.decoder.step(
+            [s.ids[-1] for s in live],
+            [len(s.ids) - 1 for s in live],
+            [(slot, self.live[slot].ids) for slot in whole],
+        )
+        if over:  # what was read anew counts, not the row at the old position
+            row_of = dict(zip(whole, range(len(live), len(scores)), strict=True))
+            scores = scores[[row_of.get(slot, slot) for slot in range(len(self.live))]]
         raw = scores.clone() if any(s.logprobs is not None for s in self.live) else None
         events: list[Event] = []
         ended: list[int] = []
@@ -217,18 +217,6 @@ class ContinuousBatch:
         for slot in reversed(ended):
             self._free(slot)
         return events
-
-
-def _by_length(sequences: Sequence[_Sequence]) -> Iterator[list[_Sequence]]:
-    """Groups that are worth reading together: none much longer than the shortest, so that little is padding."""
-    group: list[_Sequence] = []
-    for sequence in sorted(sequences, key=lambda s: len(s.ids)):
-        if group and len(sequence.ids) > 1.5 * len(group[0].ids) + 16:
-            yield group
-            group = []
-        group.append(sequence)
-    if group:
-        yield group
 
 
 def _with_logprobs(token: int, logits: Tensor, count: int) -> Token:

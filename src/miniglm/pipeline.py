@@ -81,24 +81,29 @@ class Run:
     Args:
         path: the folder; made if it is not there.
         recipe: None takes the folder's own, or the default for a new one.
+        evaluating: open a run that is there to read it and write its report; another process may work on the rest.
 
     Raises:
         MiniGLMError: not a run folder, made by another version, or the recipe changes what is already on disk.
     """
 
-    def __init__(self, path: Path, recipe: Recipe | None = None) -> None:
+    def __init__(self, path: Path, recipe: Recipe | None = None, *, evaluating: bool = False) -> None:
         self.folder = RunFolder(path)
-        self.folder.create_or_open()
         self.path = path
+        self.told: set[str] = set()
         saved = path / "recipe.toml"
+        if evaluating:
+            self.folder.open_to_evaluate()
+        else:
+            self.folder.create_or_open()
         if recipe is None:
             recipe = load_recipe(saved if saved.exists() else None, {})
         elif saved.exists():
             _refuse_changes(saved, load_recipe(saved, {}), recipe)
         self.recipe = recipe
-        write_whole(saved, recipe.to_toml())
+        if not evaluating:
+            write_whole(saved, recipe.to_toml())
         self.device = pick_device(recipe.run.device)
-        self.told: set[str] = set()
 
     def skip(self, stage: str) -> None:
         """Says once that a stage is done already, unless this very process did it.
@@ -547,7 +552,7 @@ def evaluate(
     settings = settings or Settings()
     folder = find_model(path)
     before = None if earlier is None else read_report(earlier)
-    run = Run(path) if (path / "run.json").exists() else None
+    run = Run(path, evaluating=True) if (path / "run.json").exists() else None
     where = pick_device(device or ("auto" if run is None else run.recipe.run.device))
     model, tokenizer = load_model(folder, device=str(where))
     if qa:
@@ -673,6 +678,10 @@ ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 180.0
 """Share of the minutes in which the look-up's encoder learns, and the bounds of that in seconds."""
 INDEX_SHARE = 0.05
 """Share of the minutes kept for the rest of the index: its vectors, and learning to choose."""
+ALL_QUESTIONS = 10.0
+"""Minutes from which on all questions are asked in scoring; below, one of each part for every second, so that scoring
+does not take longer than training, but at least `LEAST_QUESTIONS`."""
+LEAST_QUESTIONS = 200
 SHOWN = 5
 """Validation questions that the demo shows with their answers."""
 
@@ -688,7 +697,8 @@ def demo(run: Run, begun: float) -> None:
     finetune(run, seconds)
     index(run)
     if not (run.path / "report" / "report.json").exists():
-        score(run, limit=None if (run.recipe.run.minutes or 0) >= 5 else 200)
+        minutes = run.recipe.run.minutes or 0
+        score(run, limit=None if minutes >= ALL_QUESTIONS else max(LEAST_QUESTIONS, round(60 * minutes)))
         run.note_stage("all", time.monotonic() - begun)
 
 

@@ -105,18 +105,22 @@ def choose_size(budget: float, characters: int, vocab_size: int) -> tuple[int, i
     return min(LADDER, key=distance)
 
 
-def _config(hidden: int, layers: int, *, vocab_size: int, context: int) -> ModelConfig:
-    head_dim = 64 if hidden % 64 == 0 and hidden >= 192 else 32
+def _config(hidden: int, layers: int, *, vocab_size: int, context: int, **given: Any) -> ModelConfig:
+    """Sizes from the two that matter; what is given wins. Raises ValueError where they do not fit together."""
+    head_dim = 64 if hidden % 64 == 0 and hidden >= 192 else min(32, hidden)
     heads = hidden // head_dim
+    sizes = {
+        "intermediate_size": math.ceil(hidden * 8 / 3 / 64) * 64,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2 if heads % 2 == 0 else heads,
+        "head_dim": head_dim,
+    }
     return ModelConfig(
         vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=math.ceil(hidden * 8 / 3 / 64) * 64,
         num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
-        head_dim=head_dim,
         max_position_embeddings=context,
+        **(sizes | given),
     )
 
 
@@ -147,9 +151,7 @@ def plan(
     hidden, layers = choose_size(budget, characters, vocab_size)
     # A short corpus must still cut into a fair number of rows.
     context = given.context or next((c for c in (256, 128, 64) if tokens >= 40 * c), 32)
-    config = _config(
-        given.hidden_size or hidden, given.num_hidden_layers or layers, vocab_size=vocab_size, context=context
-    )
+    hidden, layers = given.hidden_size or hidden, given.num_hidden_layers or layers
     explicit = {
         name: value
         for name, value in given.model_dump(exclude={"context", "dropout", "hidden_size", "num_hidden_layers"}).items()
@@ -157,11 +159,14 @@ def plan(
     }
     if "num_attention_heads" in explicit:
         explicit = {"num_key_value_heads": explicit["num_attention_heads"]} | explicit
-        explicit = {"head_dim": config.hidden_size // explicit["num_attention_heads"]} | explicit
+        explicit = {"head_dim": hidden // explicit["num_attention_heads"]} | explicit
     try:
-        config = replace(config, **explicit)
+        config = _config(hidden, layers, vocab_size=vocab_size, context=context, **explicit)
     except ValueError as error:
-        raise MiniGLMError(f"配方 [model] 的尺寸不相容：{error}") from None
+        raise MiniGLMError(
+            f"配方 [model] 的尺寸不相容：{error}",
+            fix="hidden_size 取 32 的倍数，或给出合适的 num_attention_heads 和 head_dim",
+        ) from None
     # Without questions there is no second stage: its length is then only a number.
     shares = (PRETRAIN_SHARE, 1 - PRETRAIN_SHARE) if has_pairs else (1.0, 1.0)
     dropout = given.dropout if given.dropout is not None else 0.0

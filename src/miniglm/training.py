@@ -39,7 +39,10 @@ from miniglm.guard import Guard, is_out_of_memory, memory_explained, release_mem
 from miniglm.model import GLM
 from miniglm.optimizer import build_optimizers, learning_rate_factor, set_learning_rate
 
-SAVE_EVERY_SECONDS = 60.0
+SAVE_EVERY_SECONDS, SAVE_AT_LEAST_EVERY_SECONDS = 60.0, 600.0
+SAVE_SHARE = 0.04
+"""Of the time that saving takes at most between two validations, unless the state is so large that it would then be
+saved less often than every ten minutes."""
 EVALUATIONS = 8
 """Validations of a stage unless the recipe says how often; together they stay near 5 % of the time."""
 
@@ -147,6 +150,11 @@ def stop_signal() -> Iterator[Callable[[], int]]:
             signal.signal(number, old)
     if asked:
         signal.raise_signal(asked)
+
+
+def seconds_between_saves(cost: float) -> float:
+    """From one save of the state to the next, where a save takes `cost` seconds."""
+    return min(max(SAVE_EVERY_SECONDS, cost / SAVE_SHARE), SAVE_AT_LEAST_EVERY_SECONDS)
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -299,8 +307,11 @@ def train(
     early, last_save = False, time.monotonic()
     fresh, last = last is None, None  # its tensors would stay in memory for the whole stage
     with stop_signal() as asked_to_stop:
+        save_after = SAVE_EVERY_SECONDS
         if fresh:  # something to go back to; and a full disk shows now rather than later
             save()
+            save_after = seconds_between_saves(time.monotonic() - last_save)
+            last_save = time.monotonic()
         while not finished:
             started = time.monotonic()
             model.train()
@@ -356,7 +367,7 @@ def train(
                 if stage.evaluate_every
                 else int(fraction() * EVALUATIONS + 1e-9) > evaluations
             )
-            saving = over or due or stopping or returned or time.monotonic() - last_save > SAVE_EVERY_SECONDS
+            saving = over or due or stopping or returned or time.monotonic() - last_save > save_after
             if saving and not all_finite(parameters):
                 go_back(f"第 {step} 步以后权重里有 NaN 或无穷大", row)
             if over or (due and not stopping):
@@ -382,8 +393,9 @@ def train(
             if saving:
                 begun = time.monotonic()
                 save(finished)
-                elapsed += time.monotonic() - begun
                 last_save = time.monotonic()
+                elapsed += last_save - begun
+                save_after = seconds_between_saves(last_save - begun)
             if "validation" in row:
                 begun = time.monotonic()
                 on_evaluation()

@@ -1,7 +1,11 @@
-"""A small model that was really taught questions, and the texts that every program must read as we do."""
+"""A small model that was really taught questions, and the texts that every program must read as we do.
+
+With MINIGLM_TEST_MODEL=RUN/model the same tests run on that model instead (docs/interop.md has what they found).
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -39,6 +43,8 @@ def questions() -> list[Example]:
 @pytest.fixture(scope="session")
 def taught(questions: list[Example], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder: two layers, grouped-query attention, half a minute's worth of learning questions by heart."""
+    if given := os.environ.get("MINIGLM_TEST_MODEL"):
+        return Path(given)
     folder = tmp_path_factory.mktemp("taught")
     some = questions[::2]
     texts = [part for e in questions for part in (e.question, e.answer)]

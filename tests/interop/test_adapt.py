@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import safetensors.torch
@@ -151,8 +159,7 @@ def test_finetuned_whole_it_learns_and_is_a_plain_folder_again(public: Path, rec
 
 def check_result(run: Path, public: Path, recipe: Path) -> None:
     """The questions are learnt by heart, and transformers opens what was saved and answers the same."""
-    losses = [json.loads(line)["loss"] for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.2 * losses[0]
+    assert _losses(run)[-1] < 0.2 * _losses(run)[0]
     folder = run / "model"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (folder / name).read_bytes() == (public / name).read_bytes()
@@ -186,6 +193,41 @@ def test_by_adapters_on_the_command_line(public: Path, recipe: Path, tmp_path: P
     ended = safetensors.torch.load_file(out / "model" / "model.safetensors")
     changed = {name for name in begun if not torch.equal(begun[name], ended[name])}
     assert changed == {name for name in begun if name.endswith("_proj.weight")}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGINT to a process of its own")
+@pytest.mark.parametrize("more", [["--lora"], ["--dtype", "bfloat16"]])
+def test_interrupted_and_resumed_it_ends_as_undisturbed(
+    public: Path, recipe: Path, tmp_path: Path, more: list[str]
+) -> None:
+    begin = ["finetune", "--init", str(public), *more, "--recipe", str(recipe), "--out"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert miniglm(*begin, whole).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "miniglm", *begin, str(cut)],
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONUTF8": "1"},
+    )
+    metrics = cut / "finetune" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 5):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert process.returncode == 130 and "接着做" in said and "Traceback" not in said
+    steps = metrics.read_bytes().count(b"\n")
+    assert 5 <= steps < 60 and not (cut / "model").exists()
+    done = miniglm("finetune", "--out", cut)  # it knows from what and how it began
+    assert done.returncode == 0, done.stderr
+    assert _losses(cut) == _losses(whole) and len(_losses(cut)) == 60
+    for name in sorted(path.name for path in (whole / "model").iterdir()):
+        assert (cut / "model" / name).read_bytes() == (whole / "model" / name).read_bytes(), name
+
+
+def _losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "finetune" / "metrics.jsonl").read_text().splitlines()]
 
 
 def small_model() -> GLM:
@@ -307,3 +349,101 @@ def test_names_that_cannot_be_fetched_say_what_to_do(tmp_path: Path, monkeypatch
     with pytest.raises(MiniGLMError, match="没有这个模型目录"):
         find_model_to_start_from(str(tmp_path / "nowhere"))
     assert find_model_to_start_from(str(tmp_path)) == tmp_path.resolve()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A folder under the name someone/glm, as the APIs of the Hugging Face Hub and of ModelScope serve a model."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        self._reply(body=False)
+
+    def do_GET(self) -> None:
+        self._reply(body=True)
+
+    def _reply(self, body: bool) -> None:
+        place, query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        commit, files = "0" * 40, {path.name: path.read_bytes() for path in self.folder.iterdir()}
+        self.asked.append(self.path)
+        content: bytes | None
+        if place.startswith("/api/models/someone/glm/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            content = json.dumps(entries).encode()
+        elif place in ("/api/models/someone/glm", "/api/models/someone/glm/revision/main"):
+            content = json.dumps({"id": "someone/glm", "sha": commit, "siblings": []}).encode()
+        elif place == "/api/v1/models/someone/glm/repo/files":
+            entries = [
+                {"Type": "blob", "Name": name, "Path": name, "Size": len(data), "Revision": commit}
+                | {"Sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in files.items()
+            ]
+            content = json.dumps({"Code": 200, "Success": True, "Data": {"Files": entries}}).encode()
+        elif place == "/api/v1/models/someone/glm/repo":
+            content = files.get(query["FilePath"][0])
+        else:
+            content = files.get(place.removeprefix(f"/someone/glm/resolve/{commit}/"))
+        self.send_response(200 if content is not None else 404)
+        content = content or b""
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("library", "prefix"), [("huggingface_hub", ""), ("modelscope", "modelscope:")])
+def test_a_name_on_a_hub_is_fetched_without_code_or_pickles(
+    public: Path, tmp_path: Path, library: str, prefix: str
+) -> None:
+    """By the hub's own library from a server of its API, which a variable names as it would a mirror."""
+    pytest.importorskip(library)
+    shutil.copytree(public, tmp_path / "served")
+    for name in ("pytorch_model.bin", "modeling_glm.py"):
+        (tmp_path / "served" / name).write_bytes(b"never to be asked for")
+    asked: list[str] = []
+    served = type("Served", (_Hub,), {"folder": tmp_path / "served", "asked": asked})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), served)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        code = "from miniglm.interop.hub import *; import sys; print(find_model_to_start_from(sys.argv[1]))"
+        address, home = f"http://127.0.0.1:{server.server_port}", str(tmp_path / "home")
+        environment = os.environ | {
+            **{"HF_ENDPOINT": address, "HF_HOME": home, "HF_HUB_OFFLINE": "0"},
+            **{"MODELSCOPE_ENDPOINT": address, "MODELSCOPE_CACHE": home, "PYTHONUTF8": "1"},
+        }
+        found = subprocess.run(
+            [sys.executable, "-c", code, f"{prefix}someone/glm"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert found.returncode == 0, found.stderr
+        missing = subprocess.run(
+            [sys.executable, "-c", code, f"{prefix}someone/none"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
+        assert f"下载不了模型 {prefix}someone/none" in missing.stderr and "--init 目录" in missing.stderr
+    finally:
+        server.shutdown()
+        server.server_close()
+    fetched = Path(found.stdout.splitlines()[-1])
+    model, tokenizer = load_model(fetched)
+    expected, _ = load_model(public)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert tokenizer.template is not None
+    assert asked and not [place for place in asked if place.endswith((".bin", ".py"))]
+    assert {path.name for path in fetched.iterdir()} >= {path.name for path in public.iterdir()}
+    assert not [path for path in fetched.iterdir() if path.suffix in (".bin", ".py")]

@@ -61,6 +61,21 @@ def test_the_folder_is_what_the_hub_and_modelscope_expect(run: Path) -> None:
     assert about["framework"] == "pytorch" and about["task"] == "text-generation"
 
 
+def test_modelscopes_library_takes_it_for_a_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushing = pytest.importorskip("modelscope.hub.push_to_hub")
+    pushed: list[str] = []
+
+    def push(repo: str, folder: str, *rest: object) -> bool:
+        pushed.append(folder)
+        return True
+
+    monkeypatch.setattr(pushing, "_api_push_to_hub", push)
+    assert pushing.push_to_hub("someone/sanguo", str(run / "model"), token="none")  # looks at the folder first
+    with pytest.raises(AssertionError):
+        pushing.push_to_hub("someone/sanguo", str(run / "corpus"), token="none")
+    assert pushed == [str(run / "model")]
+
+
 def test_written_again_it_is_the_same_and_a_users_own_is_kept(run: Path) -> None:
     card = run / "model" / "README.md"
     text = card.read_text("utf-8")

@@ -4,6 +4,7 @@ doubled and every rejected row has its reason."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import miniglm
+from running import fails, miniglm
 from scripted_endpoint import FALSE_REASONS, GOOD, Script, ScriptedEndpoint, facts_of, passage_text
 from typer.testing import CliRunner
 
@@ -353,6 +354,35 @@ def test_ctrl_c_loses_nothing_and_the_key_is_nowhere(tmp_path: Path) -> None:
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())
     for text in (stdout.decode(), stderr.decode(), done.stdout, done.stderr, written.decode()):
         assert KEY not in text
+
+
+def test_two_processes_on_one_set(tmp_path: Path) -> None:
+    """The second is told who the first is; a third takes over when the first has died. Nothing is lost or doubled."""
+    book, out, key_file = make_book(tmp_path, 20), tmp_path / "out" / "set.jsonl", tmp_path / "key"
+    key_file.write_text(KEY)
+    with ScriptedEndpoint(key=KEY, delay=0.1) as server:
+        arguments = [*command(book, out, server, key_file), "--yes"]
+        first = subprocess.Popen([sys.executable, "-m", "miniglm", *arguments], stderr=subprocess.DEVNULL)
+        while len(server.answered) < 4:
+            assert first.poll() is None
+            time.sleep(0.01)
+        fails(*arguments, words=("set.synthesis", "这个问答集正由", f"进程号 {first.pid}", "换一个 --out"))
+        assert first.poll() is None
+        first.kill()
+        first.wait()
+        half = [out.with_name(f".miniglm-tmp-{digest}-x") for digest in ("0" * 8, _digest_of("set.jsonl"))]
+        for path in half:
+            path.write_text("half")
+        done = miniglm(*arguments)
+        assert done.returncode == 0, done.stderr
+        assert [path.exists() for path in half] == [True, False]  # only what a killed process left of this very set
+    assert questions(out) == expected(20)
+    journal = lines(work_folder(out) / "journal.jsonl")
+    assert len({record["passage"] for record in journal}) == len(journal) == 20
+
+
+def _digest_of(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 
 def refused(*arguments: object) -> str:

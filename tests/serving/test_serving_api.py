@@ -6,7 +6,9 @@ import asyncio
 import json
 import re
 import shutil
+import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from served import MODEL, Running, Start, until
 
 from miniglm.chat import Message, answer_questions, fit_prompt
-from miniglm.generation import Engine, SamplingSettings
+from miniglm.generation import ContinuousBatch, Engine, Event, SamplingSettings
 from miniglm.model import GLM
 from miniglm.qa.questions import normalize_question
 from miniglm.serving.service import Options, Piece, ServiceError, StopScanner
@@ -212,6 +214,29 @@ def test_a_client_that_goes_stops_its_answer(start: Start, stream: bool) -> None
         made = worker.tokens
         assert post(running, messages=ASKED).status_code == 200
         assert worker.tokens - made <= 4
+
+
+def test_closing_the_connection_ends_it_within_two_steps(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are made slow, so that they can be counted whatever else the machine does."""
+    steps = 0
+    step = ContinuousBatch.step
+
+    def slow(batch: ContinuousBatch) -> list[Event]:
+        nonlocal steps
+        time.sleep(0.4)
+        steps += 1
+        return step(batch)
+
+    monkeypatch.setattr(ContinuousBatch, "step", slow)
+    with start(Limits(max_tokens=10**6)) as running:
+        body = json.dumps({"model": MODEL, "stream": True} | ENDLESS).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+        with socket.create_connection(("127.0.0.1", running.port)) as client:
+            client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+            until(lambda: steps >= 2, "the answer is under way")
+            begun = steps
+        until(lambda: running.service.worker.running == 0, "the answer is dropped")
+        assert steps - begun <= 2
 
 
 def test_curl_sees_what_the_documentation_shows(server: Running) -> None:

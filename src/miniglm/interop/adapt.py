@@ -97,6 +97,7 @@ def finetune_from(run: Run, start: Start) -> None:
     model, tokenizer = load_model(folder, device=str(run.device), dtype=held)
     model.checkpointing = start.checkpointing
     if start.lora:
+        torch.manual_seed(run.recipe.run.seed)  # the adapters begin at random
         add_adapters(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(

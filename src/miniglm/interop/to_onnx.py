@@ -7,6 +7,7 @@ as inputs and outputs, so that a new token costs one position. Reading from the 
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,13 +60,20 @@ def export_onnx(model: GLM, out: Path, *, type: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "f32.onnx"
         plain.write_bytes(made.SerializeToString())
-        quantize_dynamic(
-            plain,
-            Path(folder) / "int8.onnx",
-            op_types_to_quantize=["MatMul", "Gather"],  # Attention as it stands would be taken for an older operator
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-        )
+        logging.disable(logging.WARNING)  # it advises a pass over traced graphs, which this is not
+        try:
+            quantize_dynamic(
+                plain,
+                Path(folder) / "int8.onnx",
+                op_types_to_quantize=[
+                    "MatMul",
+                    "Gather",
+                ],  # Attention as it stands would be taken for an older operator
+                weight_type=QuantType.QInt8,
+                per_channel=True,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
         with written_whole(out) as file:
             file.write((Path(folder) / "int8.onnx").read_bytes())
 

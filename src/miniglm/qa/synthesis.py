@@ -18,7 +18,8 @@ from typing import Any
 
 from miniglm.corpus.cleaning import Book
 from miniglm.errors import MiniGLMError
-from miniglm.files import keep_dated, write_whole
+from miniglm.files import clean_temporaries, clean_temporaries_of, keep_dated, write_whole
+from miniglm.locking import hold
 from miniglm.qa.endpoint import Endpoint, Reply, RequestError, StopError
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
 from miniglm.qa.grounding import Judge, Judged, parse_facts, passed_check
@@ -169,7 +170,8 @@ class Synthesis:
         seeds: pairs that are shown as examples.
 
     Raises:
-        MiniGLMError: something else is at `out`, it was made with other settings, or its journal is damaged.
+        MiniGLMError: something else is at `out`, another process works on it, it was made with other settings, or its
+            journal is damaged.
     """
 
     def __init__(self, books: Sequence[Book], seeds: Sequence[Example], settings: Settings, out: Path) -> None:
@@ -185,7 +187,7 @@ class Synthesis:
             "passages": _digest("\n".join(p.id for p in self.passages)),
             "seeds": _digest(seeds_text),
         }
-        self._claim(request)
+        self._open(request)
         known = {passage.id for passage in self.passages}
         self.records: dict[str, dict[str, Any]] = {}
         with Journal(self._journal) as journal:
@@ -205,11 +207,19 @@ class Synthesis:
     def _journal(self) -> Path:
         return self.folder / "journal.jsonl"
 
-    def _claim(self, request: dict[str, Any]) -> None:
+    def _open(self, request: dict[str, Any]) -> None:
         path = self.folder / "request.json"
+        if self.out.exists() and not path.exists():
+            raise MiniGLMError("这个文件已经有了，不会覆盖", path=self.out, fix="换一个 --out")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MiniGLMError(f"建不了这个目录（{error.strerror}）", path=self.folder, fix="换一个 --out") from None
+        self._lock = hold(self.folder, "synthesis", what="问答集")
+        clean_temporaries(self.folder)
+        for file in (self.out, rejected_file(self.out)):
+            clean_temporaries_of(file)
         if not path.exists():
-            if self.out.exists():
-                raise MiniGLMError("这个文件已经有了，不会覆盖", path=self.out, fix="换一个 --out")
             rows = ({"id": p.id, "book": p.book, "chapter": p.chapter, "text": p.text} for p in self.passages)
             write_jsonl(self.folder / "passages.jsonl", rows)
             write_whole(path, json.dumps(request, ensure_ascii=False, indent=2) + "\n")

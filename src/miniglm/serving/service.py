@@ -21,6 +21,9 @@ from miniglm.tokenizer import StreamingDetokenizer, Tokenizer
 if TYPE_CHECKING:
     from miniglm.generation import Token
 
+SHORT = 2000
+"""Characters that are tokenized in less time than another thread takes to begin, a millisecond at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -290,7 +293,8 @@ class LocalService:
         Raises:
             ServiceError: too busy, shutting down, or settings out of range.
         """
-        prompt = await asyncio.to_thread(self._chat_prompt, messages, options)
+        size = sum(len(message["content"]) for message in messages)
+        prompt = await _aside(size, lambda: self._chat_prompt(messages, options))
         return self._submit(prompt, options, logprobs, choices)
 
     async def begin_completion(
@@ -302,7 +306,7 @@ class LocalService:
             ServiceError: as `begin_chat`, or an id that no token has.
         """
         if isinstance(prompt, str):
-            ids = self.tokenizer.prefix + await asyncio.to_thread(self.tokenizer.encode, prompt)
+            ids = self.tokenizer.prefix + await _aside(len(prompt), lambda: self.tokenizer.encode(prompt))
         else:
             ids = list(prompt)
             try:
@@ -320,6 +324,11 @@ class LocalService:
     def complete(self, prompt: str, options: Options) -> AsyncIterator[Piece]:
         """See `Service`."""
         return _pieces(lambda: self.begin_completion(prompt, options))
+
+
+async def _aside(size: int, encode: Callable[[], list[int]]) -> list[int]:
+    """Tokenizes so many characters: few here, many in another thread, so that nobody waits for them."""
+    return encode() if size < SHORT else await asyncio.to_thread(encode)
 
 
 async def _pieces(begin: Callable[[], Awaitable[list[Answer]]]) -> AsyncIterator[Piece]:
