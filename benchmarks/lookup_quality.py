@@ -24,7 +24,7 @@ from miniglm.corpus import Paragraph, read_paragraphs
 from miniglm.evaluation.scores import bootstrap_interval
 from miniglm.files import write_whole
 from miniglm.lookup.answer import Answer, Answerer
-from miniglm.lookup.features import Query, passage_candidates
+from miniglm.lookup.features import Query, Sources, passage_candidates
 from miniglm.lookup.library import Library, build_library
 from miniglm.lookup.look import Look, ranked
 from miniglm.lookup.measure import measure
@@ -126,7 +126,9 @@ def quality(run: Path) -> dict[str, Any]:
                 given[f"outside refused: {kind}"] = shares(own)
             continue
         given |= {f"{name} keys": found["key_accuracy"], f"{name} keys shown": found["key_shown"]}
-        given |= {f"{name} evidence in 5": found["evidence_shown"]}
+        given |= {f"{name} evidence in 5": found["evidence_shown"], f"{name} both": found["both"]}
+        given |= {f"{name} evidence in 5, without what is around": found["evidence_quoted"]}
+        given |= {f"{name} characters": found["characters"]}
         ways = [fact_orders(answerer, one) for one in looks] if name == "val" else []
         for way in ways[0] if ways else ():
             told = [[answerer.memory.facts[n].answer for n in order[way]] for order in ways]
@@ -190,11 +192,12 @@ def sizes(run: Path, megabytes: list[float]) -> list[dict[str, Any]]:
             build_library(book, answerer.encoder, "", Path(folder))
             seconds = time.perf_counter() - begun
             library = Library(Path(folder))
+            sources = Sources(answerer.encoder, answerer.memory, library)
             times = []
             for q in questions:
                 begun = time.perf_counter()
                 query = Query(q, answerer.encoder)
-                passage_candidates(query, library)
+                passage_candidates(query, sources)
                 times.append(time.perf_counter() - begun)
             on_disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
             rows.append(

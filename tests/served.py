@@ -12,6 +12,7 @@ from pathlib import Path
 
 from miniglm.checkpoint import load_model
 from miniglm.serving.app import create_app
+from miniglm.serving.book import BookService
 from miniglm.serving.guards import State
 from miniglm.serving.server import bind, uvicorn_server
 from miniglm.serving.service import LocalService
@@ -35,13 +36,18 @@ Start = Callable[..., contextlib.AbstractContextManager[Running]]
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, limits: Limits | None = None, *, api_key: str | None = None, cors: tuple[str, ...] = ()
+    folder: Path,
+    limits: Limits | None = None,
+    *,
+    api_key: str | None = None,
+    cors: tuple[str, ...] = (),
+    book: BookService | None = None,
 ) -> Iterator[Running]:
     """The server as `miniglm serve` runs it, less the page, on a thread of this process."""
     limits, state = limits or Limits(), State()
     service = LocalService(MODEL, *load_model(folder), limits)
     sock = bind("127.0.0.1", 0)
-    app = create_app(service, limits, state, api_key=api_key, cors=cors, page=False)
+    app = create_app(service, limits, state, api_key=api_key, cors=cors, page=False, book=book)
     ready = threading.Event()
 
     async def drain() -> None: ...

@@ -175,14 +175,17 @@ def terminal_lookup(
 
 
 def with_sources(answer: Answer) -> str:
-    """An answer for the terminal: its text, then where the book says so, or what of it is nearest."""
-    best = answer.citations[:1]
-    if answer.kind == "quote":
-        return f"{best[0].label}{answer.text}"
+    """An answer for the terminal: each statement with where the book says so, or what of it is nearest."""
+    quotes = [f"{c.label}{c.quoted}" for c in answer.citations]
     if answer.refused:
-        near = "".join(f"\n{c.label}{c.text}" for c in answer.citations[:3])
-        return answer.text + ("。最接近的段落：" + near if near else "。")
-    return answer.text + "".join(f"\n{c.label}{c.text}" for c in best)
+        return answer.text + ("。最接近的段落：\n" + "\n".join(quotes[:3]) if quotes else "。")
+    if answer.kind == "fact":
+        return "\n".join([answer.text, *quotes[:1]])
+    lines = []
+    for said in answer.statements:
+        label = said.citation.label if said.citation else ""
+        lines.append(f"{label}{said.text}" if said.verbatim else f"{said.text}{label}")
+    return "\n".join(lines)
 
 
 def _converse(

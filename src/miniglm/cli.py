@@ -318,8 +318,25 @@ def _sample_eval(run: Path, start: str, temperature: float, top_k: int, seed: in
 ClosedBook = Annotated[bool, typer.Option("--closed-book", help="不查书，只凭模型的权重回答")]
 
 
+def _say_unused(context: typer.Context) -> None:
+    """One line about options that were given and that an answer from the book has no use for."""
+    from click.core import ParameterSource
+
+    from miniglm.ui import say
+
+    of_the_model = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "turns", "device")
+    given = [
+        "--" + name.replace("_", "-")
+        for name in of_the_model
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    ]
+    if given:
+        say(f"查书的回答用不着 {'、'.join(given)}；要由模型回答，加 --closed-book")
+
+
 @app.command()
 def ask(
+    context: typer.Context,
     run: RunArgument,
     question: Annotated[str | None, typer.Argument(help="问题", metavar="问题")] = None,
     file: Annotated[
@@ -335,7 +352,7 @@ def ask(
     closed_book: ClosedBook = False,
     device: Device = None,
 ) -> None:
-    """问一个问题，或一个文件的问题。有索引就到书里查，带出处；没有就由模型回答。"""
+    """问一个问题，或一个文件的问题。有索引就到书里查，带出处；没有，或加 --closed-book，就由模型回答，这时采样的选项才有用。"""
     if (question is None) == (file is None):
         raise MiniGLMError(
             "要么给一个问题，要么给 --file，不能都给或都不给", fix='例如 miniglm ask runs/demo "关羽字什么？"'
@@ -356,6 +373,7 @@ def ask(
 
     answerer = None if closed_book else answerer_of(run)
     if answerer is not None:
+        _say_unused(context)
         _ask_book(answerer, questions, single=file is None, out=out)
         return
     model, tokenizer = _load(run, device)
@@ -409,6 +427,7 @@ def _ask_book(answerer: Answerer, questions: Sequence[Example], *, single: bool,
 
 @app.command()
 def chat(
+    context: typer.Context,
     run: RunArgument,
     max_new_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -422,12 +441,13 @@ def chat(
     closed_book: ClosedBook = False,
     device: Device = None,
 ) -> None:
-    """在终端里问答。有索引就到书里查，带出处；没有，或加 --closed-book，就和模型聊天。"""
+    """在终端里问答。有索引就到书里查，带出处；没有，或加 --closed-book，就和模型聊天，这时采样的选项和 --turns 才有用。"""
     from miniglm.chat import terminal_chat, terminal_lookup
     from miniglm.pipeline import answerer_of
 
     answerer = None if closed_book else answerer_of(run)
     if answerer is not None:
+        _say_unused(context)
         terminal_lookup(answerer)
         return
     model, tokenizer = _load(run, device)

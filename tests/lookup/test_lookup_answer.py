@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,47 @@ def test_what_only_the_book_tells_is_quoted(told: list[list[Example]], sanguo: P
 def test_citation_is_where_it_says(index: Path) -> None:
     for first in Answerer(index).answer("古庙里住着的人是谁？").citations:
         assert BOOK[first.paragraph - 1].text[first.start :].startswith(first.text)
+        assert first.quoted and first.quoted in first.text
         assert (first.chapter_title, first.book) == (BOOK[first.paragraph - 1].chapter, "山中记")
+
+
+def test_statements_rest_on_what_is_cited(told: list[list[Example]], sanguo: Path) -> None:
+    """Both are given where it is not clear which one answers; the book's words stand in their citation."""
+    answerer = Answerer(sanguo)
+    answers = [answerer.answer(fact[-1].question) for fact in told[::3]]
+    kinds = {kind: [a for a in answers if a.kind == kind] for kind in ("fact", "quote", "both")}
+    assert all(kinds.values())
+    for kind, verbatim in (("fact", [False]), ("quote", [True]), ("both", [False, True])):
+        assert all(sorted(s.verbatim for s in a.statements) == verbatim for a in kinds[kind])
+    for a in answers:
+        for said in a.statements:
+            assert a.refused or said.citation in a.citations
+            assert not said.verbatim or (said.citation is not None and said.text in said.citation.quoted)
+        assert a.text.splitlines() == [said.text for said in a.statements]
+
+
+def test_a_citation_is_whole_sentences_around_what_it_is_about(sanguo: Path) -> None:
+    library = Library(sanguo / "books")
+    text = "一二三。四五六七。八九。"
+    folder = sanguo.parent / "wide"
+    build_library(_book("宽", [("第一回", text)]), Encoder.load(sanguo / "encoder"), "a", folder)
+    library = Library(folder)
+    passage = replace(library.passage(0), start=4, text="四五六七。")
+    assert library.beside(passage, 3) == ("", "")
+    assert library.beside(passage, 8) == ("", "八九。")
+    assert library.beside(passage, 9) == ("一二三。", "")
+    assert library.beside(passage, 12) == ("一二三。", "八九。")
+    assert library.joined(passage, replace(passage, start=9, text="八九。")).text == "四五六七。八九。"
+
+
+def test_a_paragraph_is_found_with_its_neighbours(index: Path) -> None:
+    library = Library(index / "books")
+    heading, around = library.around("山中记", 2)
+    assert heading == "第一回 山中" and around == [(n, BOOK[n - 1].text) for n in (1, 2, 3)]
+    assert [n for n, _ in library.around("山中记", 3)[1]] == [2, 3]  # what follows is another chapter's
+    for book, number in (("山中记", 0), ("山中记", 99), ("别记", 2)):
+        with pytest.raises(LookupError):
+            library.around(book, number)
 
 
 def test_book_without_questions_is_quoted(tmp_path: Path) -> None:

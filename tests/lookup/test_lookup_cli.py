@@ -17,12 +17,21 @@ def test_ask_says_where_the_answer_is_from(finished: Path) -> None:
     assert closed.returncode == 0 and "【第" not in closed.stdout
 
 
+def test_options_that_only_the_model_has_use_for_are_named(finished: Path) -> None:
+    done = miniglm("ask", finished, QUESTION, "--temperature", "0.5", "--top-k", "0")
+    [line] = [line for line in done.stderr.splitlines() if "--closed-book" in line]
+    assert done.returncode == 0 and "--temperature、--top-k" in line and "--seed" not in line
+    for more in ((), ("--closed-book", "--temperature", "0.5")):
+        assert "--closed-book" not in miniglm("ask", finished, QUESTION, *more).stderr
+
+
 def test_file_of_questions_keeps_citations(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text(f"{QUESTION}\n今天股市怎么样？\n", "utf-8")
     assert miniglm("ask", finished, "--file", tmp_path / "q.txt", "--out", tmp_path / "a.jsonl").returncode == 0
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()]
     assert [row["question"] for row in rows] == [QUESTION, "今天股市怎么样？"]
-    assert set(rows[0]["citations"][0]) == {"book", "chapter", "chapter_title", "paragraph", "start", "text", "score"}
+    names = {"book", "chapter", "chapter_title", "paragraph", "start", "text", "quote", "score"}
+    assert set(rows[0]["citations"][0]) == names
     assert rows[0]["prediction"] and rows[0]["refused"] is False
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniglm.corpus import Paragraph
-from miniglm.lookup.text import PASSAGE, grams, kinds, pairs, passages, plain, sentences, triples
+from miniglm.lookup.text import PASSAGE, distinct, grams, kinds, pairs, passages, plain, sentences, triples
 
 TEXT = st.text(alphabet="曹操刘备关羽张飞，。！？“”…a1 ", max_size=400)
 
@@ -58,3 +58,9 @@ def test_grams_are_characters_then_pairs_in_one_form() -> None:
 
 def test_kinds_tell_person_from_number() -> None:
     assert not np.array_equal(kinds("谁杀了他？"), kinds("他活了多少岁？"))
+
+
+def test_distinct_is_numpys_unique() -> None:
+    for numbers in ([], [3], [5, 1, 5, 2, 1]):
+        found = np.array(numbers, dtype=np.uint32)
+        assert np.array_equal(distinct(found), np.unique(found))

@@ -10,7 +10,12 @@ import torch
 from served import MODEL, Running, Start, serving
 
 from miniglm.checkpoint import load_model, save_model
+from miniglm.corpus import Paragraph
+from miniglm.lookup import Answerer
+from miniglm.lookup.build import build_index
 from miniglm.model import GLM, ModelConfig
+from miniglm.qa.formats import Example, Turn
+from miniglm.serving.book import BookService
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = "滚滚长江东逝水，浪花淘尽英雄。是非成败转头空，青山依旧在，几度夕阳红。白发渔樵江渚上，惯看秋月春风。"
@@ -40,6 +45,24 @@ def parts(model_folder: Path) -> tuple[GLM, Tokenizer]:
 def start(model_folder: Path) -> Start:
     """Starts a server: `with start(limits, api_key=…) as running`."""
     return lambda limits=None, **more: serving(model_folder, limits, **more)
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory: pytest.TempPathFactory) -> BookService:
+    """Answers from a book of three lines, one of which a taught fact is about."""
+    lines = (
+        "山中有一座古庙，庙里住着老僧慧远。",
+        "山下有个铁匠名叫石勇，打得一手好刀。",
+        "渡口的船家姓柳，有三个女儿。",
+    )
+    heading = "第一回 山中"
+    story = [Paragraph("山中记", heading, 1, number, text) for number, text in enumerate((heading, *lines), 1)]
+    taught = Example(
+        (Turn("古庙里住着谁？", "住着老僧慧远。"),), keys=(("慧远",),), extra={"evidence": "庙里住着老僧慧远"}
+    )
+    folder = tmp_path_factory.mktemp("book")
+    build_index(story, [taught], [], folder, seconds=1.0, seed=1)
+    return BookService(Answerer(folder), MODEL)
 
 
 @pytest.fixture(scope="session")

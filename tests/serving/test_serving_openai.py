@@ -12,7 +12,9 @@ from served import MODEL, Running, Start
 
 from miniglm.chat import answer_questions
 from miniglm.generation import Engine, SamplingSettings
+from miniglm.lookup import NOT_FOUND
 from miniglm.model import GLM
+from miniglm.serving.book import BookService
 from miniglm.serving.settings import Limits
 from miniglm.tokenizer import Tokenizer
 
@@ -188,3 +190,41 @@ def test_refusals_are_the_clients_own_exceptions(client: openai.OpenAI, start: S
                 ask(known)
             assert int(busy.value.response.headers["retry-after"]) >= 1 and "queue" in str(busy.value)
             cast(Any, stream).close()
+
+
+def test_with_an_index_answers_have_citations(start: Start, book: BookService, parts: tuple[GLM, Tokenizer]) -> None:
+    asked: list[ChatCompletionMessageParam] = [{"role": "user", "content": "古庙里住着谁"}]
+    with start(book=book) as running, client_of(running) as client:
+
+        def ask(**more: Any) -> Any:
+            given: dict[str, Any] = {"model": MODEL, "messages": asked, "max_tokens": 24} | more
+            return client.chat.completions.create(**given)
+
+        whole = ask()
+        assert whole.choices[0].message.content == "住着老僧慧远。" and whole.choices[0].finish_reason == "stop"
+        assert whole.usage.completion_tokens > 0 and whole.model_extra["refused"] is False
+        first = whole.model_extra["citations"][0]
+        assert set(first) == {"book", "chapter", "chapter_title", "paragraph", "start", "text", "quote", "score"}
+        assert (first["book"], first["chapter"], first["paragraph"]) == ("山中记", 1, 2)
+        assert "慧远" in first["text"][slice(*first["quote"])]
+        *before, last = ask(stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in before) == "住着老僧慧远。"
+        assert all("citations" not in chunk.model_extra for chunk in before)
+        assert last.choices[0].finish_reason == "stop"
+        assert last.model_extra["citations"] == whole.model_extra["citations"]
+        other = ask(messages=[{"role": "user", "content": "how much is 2+2 in PyTorch?"}])
+        assert other.choices[0].message.content == NOT_FOUND and other.model_extra["refused"] is True
+        # The model's own answer has none of that, and what only it can do needs it.
+        own = ask(messages=ASKED, extra_body={"look_up": False})
+        assert own.choices[0].message.content.strip() == expected(parts, 24) and "citations" not in own.model_extra
+        for more in ({"logprobs": True}, {"n": 2}, {"stop": "。"}):
+            with pytest.raises(openai.BadRequestError, match="look_up: false") as bad:
+                ask(**more)
+            assert bad.value.param == next(iter(more))
+            assert ask(**more, extra_body={"look_up": False}).choices
+
+
+def test_without_an_index_nothing_is_looked_up(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="miniglm index") as bad:
+        client.chat.completions.create(model=MODEL, messages=ASKED, extra_body={"look_up": True})
+    assert bad.value.param == "look_up"

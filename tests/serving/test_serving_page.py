@@ -29,12 +29,12 @@ from miniglm.checkpoint import load_model
 from miniglm.corpus import Paragraph
 from miniglm.lookup import Answerer
 from miniglm.lookup.build import build_index
-from miniglm.qa.formats import Example, Turn, read_examples
+from miniglm.qa.formats import read_examples
 from miniglm.serving.app import create_app
 from miniglm.serving.backend import RemoteService
 from miniglm.serving.book import BookService
 from miniglm.serving.guards import State
-from miniglm.serving.page import Facts, SplitScore, facts_of, mount_page, unveiled, veiled
+from miniglm.serving.page import Facts, SplitScore, facts_of, mount_page, opened, unveiled, veiled
 from miniglm.serving.page_text import MESSAGES, TEXTS
 from miniglm.serving.service import LocalService, Options, Piece, Service, ServiceError
 from miniglm.serving.settings import Limits
@@ -753,39 +753,102 @@ def test_over_a_real_model(browser: Browser, model_folder: Path) -> None:
         service.close(0)
 
 
-def test_with_an_index_the_book_answers_unless_the_reader_wants_the_model(
-    browser: Browser, service: Scripted, tmp_path: Path
-) -> None:
-    lines = (
-        "山中有一座古庙，庙里住着老僧慧远。",
-        "山下有个铁匠名叫石勇，打得一手好刀。",
-        "渡口的船家姓柳，有三个女儿。",
-    )
-    story = [Paragraph("山中记", "第一回 山中", 1, number, text) for number, text in enumerate(lines, 2)]
-    taught = Example(
-        (Turn("古庙里住着谁？", "住着老僧慧远。"),), keys=(("慧远",),), extra={"evidence": "庙里住着老僧慧远"}
-    )
-    build_index(
-        [Paragraph("山中记", "第一回 山中", 1, 1, "第一回 山中"), *story], [taught], [], tmp_path, seconds=1.0, seed=1
-    )
+@contextmanager
+def book_windows(browser: Browser, service: Scripted, book: BookService) -> Iterator[Windows]:
+    """Windows of the page over a service and a book; nothing may complain."""
     app = FastAPI()
-    book = BookService(Answerer(tmp_path), "miniglm")
     mount_page(app, service, FACTS, feedback=None, limits=Limits(), book=book)
     site = Site(app)
+    windows = Windows(browser, site.url)
+    service.asked.clear()
     try:
-        windows = Windows(browser, site.url)
-        page = windows()
-        service.asked.clear()
-        assert "先到书里查" in page.locator("#conversation").inner_text()
-        ask(page, "古庙里住着谁")
-        [answer] = answers(page)
-        assert answer == with_sources(book.answerer.answer("古庙里住着谁？"))
-        assert "【第一回】" in answer and lines[0] in answer
-        assert service.asked == [], "the model is not asked"
-        page.locator("#look-up input").uncheck()
-        ask(page, "曹操是哪里人")
-        assert answers(page)[-1] == ANSWER and len(service.asked) == 1
+        yield windows
         windows.close()
         assert windows.faults == []
     finally:
         site.close()
+
+
+def test_with_an_index_the_book_answers_unless_the_reader_wants_the_model(
+    browser: Browser, service: Scripted, book: BookService
+) -> None:
+    with book_windows(browser, service, book) as windows:
+        page = windows()
+        assert "先到书里查" in page.locator("#conversation").inner_text()
+        ask(page, "古庙里住着谁")
+        assert answers(page)[0].startswith(with_sources(book.answerer.answer("古庙里住着谁？")))
+        assert "【第一回】" in answers(page)[0] and "山中有一座古庙" in answers(page)[0]
+        assert service.asked == [], "the model is not asked"
+        page.locator("#look-up input").uncheck()
+        ask(page, "曹操是哪里人")
+        assert answers(page)[-1] == ANSWER and len(service.asked) == 1
+        assert page.locator("#conversation .option").count() == 0
+
+
+def test_a_source_opens_in_its_place(browser: Browser, service: Scripted, book: BookService) -> None:
+    with book_windows(browser, service, book) as windows:
+        page = windows()
+        expect(page.locator("#passage")).to_be_hidden()
+        ask(page, "古庙里住着谁")
+        sources = page.locator("#conversation .option")
+        assert "【第一回】山中有一座古庙" in sources.first.inner_text()
+        sources.first.click()
+        mark = page.locator("#opened mark")
+        expect(mark).to_have_text("山中有一座古庙，庙里住着老僧慧远。", timeout=PATIENCE)
+        expect(mark).to_be_in_viewport()
+        text = page.locator("#opened").inner_text()
+        assert "第一回 山中" in text and "铁匠名叫石勇" in text and "船家姓柳" not in text
+        page.locator("#shut").click()
+        expect(page.locator("#passage")).to_be_hidden(timeout=PATIENCE)
+        # With the keyboard alone, and after a reload.
+        with arriving(page):
+            page.reload()
+        sources.last.focus()
+        page.keyboard.press("Enter")
+        expect(mark).to_be_visible(timeout=PATIENCE)
+        expect(page.locator("#shut")).to_be_focused(timeout=PATIENCE)
+        page.keyboard.press("Escape")
+        expect(page.locator("#passage")).to_be_hidden(timeout=PATIENCE)
+        expect(sources.last).to_be_focused(timeout=PATIENCE)
+
+
+def test_what_a_book_says_is_only_shown(browser: Browser, service: Scripted, tmp_path: Path) -> None:
+    line = f"庙里住着老僧慧远。{HTML}"
+    heading = "第一回 <i>山中</i>"
+    story = [Paragraph("山中记", heading, 1, number, text) for number, text in enumerate((heading, line), 1)]
+    build_index(story, [], [], tmp_path, seconds=1.0, seed=1)
+    book = BookService(Answerer(tmp_path), "miniglm")
+    with book_windows(browser, service, book) as windows:
+        page = windows()
+        ask(page, "庙里住着老僧慧远")
+        page.locator("#conversation .option").first.click()
+        expect(page.locator("#opened mark")).to_be_visible(timeout=PATIENCE)
+        assert "<script>document.title" in page.locator("#opened").inner_text() and "坏" not in page.title()
+        assert page.locator("#opened img, #opened script, #opened b, #opened i").count() == 0
+
+
+@pytest.mark.parametrize("place", [None, 3, "", "[]", '["山中记", 2]', '["山中记", "二", 0, 3]', '["别记", 2, 0, 3]',
+                                   '["山中记", 99, 0, 3]', "[" * 9999, '["山中记", 1e999, 0, 3]', '{"a": 1}'])  # fmt: skip
+def test_a_place_that_is_none_opens_nothing(book: BookService, place: object) -> None:
+    assert opened(book, place) is None
+
+
+def test_a_place_with_odd_ends_opens_the_paragraph(book: BookService) -> None:
+    for ends in ("-5, 3", "3, 2", "900, 999", '"a", null', "1.5, 2"):
+        found = opened(book, f'["山中记", 2, {ends}]')
+        assert found is not None and "山中有一座古庙" in found and "<mark>" not in found
+
+
+def test_nothing_under_the_question_is_cut_off_on_a_phone(
+    browser: Browser, service: Scripted, book: BookService
+) -> None:
+    with book_windows(browser, service, book) as windows:
+        for locale in ("zh-CN", "en"):
+            page = windows(width=390, locale=locale)
+            ask(page, "古庙里住着谁")
+            for name in ("#look-up label", "#clear"):
+                box = page.locator(name).first.bounding_box()
+                assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= 390, (locale, name, box)
+            # Boxes as wide as their words cut the last character's edge off unless what overflows is shown.
+            for name in ("#look-up", "#look-up label", "#look-up .label-text"):
+                expect(page.locator(name)).to_have_css("overflow", "visible")

@@ -206,7 +206,8 @@ def _with_book(subject: Subject, part: Part, rows: Sequence[dict[str, Any]], bar
     with bar("查书", len(part.examples)) as progress:
         answers = answer_all(subject.answerer, [e.question for e in part.examples], progress)
     for row, answer in zip(rows, answers, strict=True):
-        row["with_book"] = {"answer": answer.text, "sources": [f"{c.label}{c.text}" for c in answer.citations[:1]]}
+        cited = answer.citations[: len(answer.statements)]
+        row["with_book"] = {"answer": answer.text, "sources": [f"{c.label}{c.quoted}" for c in cited]}
     return measure(part.examples, answers)
 
 

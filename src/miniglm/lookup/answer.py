@@ -5,7 +5,8 @@ the book has none. Knows nothing of models, chat or the command line.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,13 +15,16 @@ import numpy as np
 from miniglm.errors import MiniGLMError
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.facts import Memory
+from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Passage
-from miniglm.lookup.look import Judge, Look, look, ranked, signals
+from miniglm.lookup.look import Judge, Look, in_doubt, look, ranked, share_of, signals
 
 NOT_FOUND = "书中没有找到相关内容"
 SHOWN = 5
 """Citations of an answer at most."""
-FORMAT = 1
+WINDOW = 250
+"""Characters that a citation has at most around the passage it is about, a longer passage aside."""
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class Citation:
     Attributes:
         chapter: the chapter's number, 0 before the first; `chapter_title`: its heading, "" before the first.
         paragraph: 1-based number in the book, headings included; `start`: the character of it where `text` begins.
+        text: whole sentences; `quote`: the first and last character in `text` of those that it is about.
         score: how sure it is that this passage answers, 0 to 1; falls from one citation to the next.
     """
 
@@ -39,7 +44,13 @@ class Citation:
     paragraph: int
     start: int
     text: str
+    quote: tuple[int, int]
     score: float
+
+    @property
+    def quoted(self) -> str:
+        """The sentences that it is about."""
+        return self.text[self.quote[0] : self.quote[1]]
 
     @property
     def label(self) -> str:
@@ -50,18 +61,38 @@ class Citation:
 
 
 @dataclass(frozen=True, slots=True)
+class Statement:
+    """One of what an answer says: a sentence that was taught, or, `verbatim`, the book's own words.
+
+    Attributes:
+        citation: what it rests on; None where the book was not found to tell it.
+    """
+
+    text: str
+    citation: Citation | None = None
+    verbatim: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """An answer and what it rests on.
 
     Attributes:
-        kind: "fact" (the answer of a taught fact), "quote" (the first citation's text), "refused" (`NOT_FOUND`).
+        statements: one, or, where it is not clear whether the fact or the passage answers, both, the likelier first.
+        citations: those of the statements first.
+        kind: "fact" (the answer of a taught fact), "quote" (the book's own words), "both", "refused" (`NOT_FOUND`).
         confidence: how sure it is that the text is right, or of a refusal that the book tells nothing, 0 to 1.
     """
 
-    text: str
+    statements: tuple[Statement, ...]
     citations: tuple[Citation, ...]
-    kind: Literal["fact", "quote", "refused"]
+    kind: Literal["fact", "quote", "both", "refused"]
     confidence: float
+
+    @property
+    def text(self) -> str:
+        """The statements, each on its line."""
+        return "\n".join(statement.text for statement in self.statements)
 
     @property
     def refused(self) -> bool:
@@ -94,10 +125,13 @@ class Answerer:
                 raise ValueError(f"格式是 {form}，这个版本只认 {FORMAT}")
             self.judge = Judge.from_json(judge)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MiniGLMError(f"检索的索引读不出来（{error}）", path=folder, fix="请重新运行 miniglm index") from None
+            raise MiniGLMError(
+                f"检索的索引读不出来（{error}）", path=folder, fix="删去运行目录里的 index，再运行 miniglm index"
+            ) from None
         self.encoder = Encoder.load(folder / "encoder")
         self.library = Library(folder / "books")
         self.memory = Memory.load(folder / "facts")
+        self._sources = Sources(self.encoder, self.memory, self.library)
 
     def answer(self, question: str) -> Answer:
         """The answer, refused where the judge holds that the books have none. At most `SHOWN` citations that do not
@@ -106,50 +140,82 @@ class Answerer:
 
     def look(self, question: str) -> Look:
         """What both memories have for the question."""
-        return look(question, self.encoder, self.memory, self.library)
+        return look(question, self._sources)
 
     def decide(self, found: Look) -> Answer:
         """The answer to a question from what was found for it."""
         judge = self.judge
         facts, passages = judge.fact_ranker(found.facts.features), judge.passage_ranker(found.passages.features)
         full, plain = signals(found, facts, passages)
-        if len(facts):
-            inside, threshold = float(judge.inside(full)), judge.threshold
-            sure_fact, sure_quote = _share(float(judge.fact_right(full))), _share(float(judge.passage_right(full)))
-        else:
-            inside, threshold = float(judge.inside_passages(plain)), judge.threshold_passages
-            sure_fact, sure_quote = 0.0, _share(float(judge.inside_passages(plain)))
+        inside, threshold = (
+            (judge.inside(full), judge.threshold)
+            if len(facts)
+            else (judge.inside_passages(plain), judge.threshold_passages)
+        )
+        sure_fact = float(share_of(judge.fact_right(full))) if len(facts) else 0.0
+        sure_quote = float(share_of(judge.passage_right(full) if len(facts) else inside))
         order = ranked(passages)
         shares = np.exp(passages[order] - passages[order[0]]) if len(order) else np.zeros(0)
         shares = shares / max(float(shares.sum()), 1e-9)
         shown = [(found.texts[place], float(share) * sure_quote) for place, share in zip(order, shares, strict=True)]
         if inside < threshold or not (len(facts) or len(shown)):
-            return Answer(NOT_FOUND, _cite(shown), "refused", 1 - _share(inside - threshold))
-        if len(facts) and sure_fact >= sure_quote:
+            cited = self._cite((), shown)
+            return Answer((Statement(NOT_FOUND),), cited, "refused", 1 - float(share_of(inside - threshold)))
+        chance = share_of(judge.prefer(full)) if len(facts) else np.zeros((), dtype=np.float32)
+        unsure = bool(len(facts) and in_doubt(chance))
+        said: list[tuple[str, Passage | None, bool]] = []
+        first: list[tuple[Passage, float]] = []
+        if shown and (unsure or chance < 0.5):
+            said.append((shown[0][0].text, shown[0][0], True))
+            first.append(shown[0])
+        if not said or unsure:
             fact = self.memory.facts[int(found.facts.numbers[ranked(facts)[0]])]
-            if fact.passage >= 0:
-                shown.insert(0, (self.library.passage(fact.passage), sure_fact))
-            return Answer(fact.answer, _cite(shown), "fact", sure_fact)
-        return Answer(shown[0][0].text, _cite(shown), "quote", sure_quote)
-
-
-def _share(log_odds: float) -> float:
-    return float(1 / (1 + np.exp(-np.clip(log_odds, -30, 30))))
-
-
-def _cite(found: list[tuple[Passage, float]]) -> tuple[Citation, ...]:
-    """The first passages, without those that share text with one before them."""
-    kept: list[Citation] = []
-    for p, score in found:
-        overlaps = any(
-            (c.book, c.paragraph) == (p.book, p.paragraph)
-            and c.start < p.start + len(p.text)
-            and p.start < c.start + len(c.text)
-            for c in kept
+            passage = self.library.passage(fact.passage) if fact.passage >= 0 else None
+            place = 0 if chance >= 0.5 else len(said)
+            said.insert(place, (fact.answer, passage, False))
+            first[place:place] = [(passage, sure_fact)] if passage else []
+        cited = self._cite(first, shown)
+        statements = tuple(
+            Statement(text, next((c for c in cited if passage and _share_text(c, passage)), None), verbatim)
+            for text, passage, verbatim in said
         )
-        if not overlaps:
+        kind: Literal["fact", "quote", "both"] = "both" if len(said) > 1 else "quote" if said[0][2] else "fact"
+        sure = {"fact": sure_fact, "quote": sure_quote, "both": max(sure_fact, sure_quote)}[kind]
+        return Answer(statements, cited, kind, sure)
+
+    def _cite(
+        self, first: Sequence[tuple[Passage, float]], others: Sequence[tuple[Passage, float]]
+    ) -> tuple[Citation, ...]:
+        """`first`, those of them that overlap as one, then the best of the others that share no text with one before
+        them; each with what is around it, as far as no other one shows that."""
+        own: list[tuple[Passage, float]] = []
+        for p, score in first:
+            place = next((n for n, (known, _) in enumerate(own) if _share_text(known, p)), None)
+            if place is None:
+                own.append((p, score))
+            else:
+                own[place] = (self.library.joined(own[place][0], p), max(own[place][1], score))
+        kept: list[Citation] = []
+        for number, (p, score) in enumerate([*own, *others]):
+            if number >= len(own) and any(_share_text(c, p) for c in kept):
+                continue
+            before, after = self.library.beside(p, WINDOW)
+            wide = replace(p, start=p.start - len(before), text=f"{before}{p.text}{after}")
+            coming = [known for known, _ in own[number + 1 :]]
+            if any(_share_text(c, wide) for c in kept) or any(_share_text(known, wide) for known in coming):
+                before, wide = "", p
             score = min([score, *(c.score for c in kept[-1:])])
-            kept.append(Citation(p.book, p.chapter, p.chapter_title, p.paragraph, p.start, p.text, round(score, 4)))
-        if len(kept) == SHOWN:
-            break
-    return tuple(kept)
+            place_in_book = (p.book, p.chapter, p.chapter_title, p.paragraph, wide.start)
+            quote = (len(before), len(before) + len(p.text))
+            kept.append(Citation(*place_in_book, wide.text, quote, round(score, 4)))
+            if len(kept) == SHOWN:
+                break
+        return tuple(kept)
+
+
+def _share_text(one: Citation | Passage, other: Citation | Passage) -> bool:
+    return (
+        (one.book, one.paragraph) == (other.book, other.paragraph)
+        and one.start < other.start + len(other.text)
+        and other.start < one.start + len(one.text)
+    )

@@ -24,14 +24,15 @@ from miniglm.corpus import Paragraph
 from miniglm.files import write_whole
 from miniglm.lookup.encoder import Bag, Batch, Encoder, build_vocabulary, train_encoder
 from miniglm.lookup.facts import Fact, Memory, facts_of, locate, without
+from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, build_library
-from miniglm.lookup.look import Judge, Look, look, signals
+from miniglm.lookup.look import Judge, Look, in_doubt, look, share_of, signals
 from miniglm.lookup.ranking import fit_logistic, fit_ranker
 from miniglm.lookup.text import passages, plain, sentences
 from miniglm.qa.formats import Example
 from miniglm.qa.keys import holds_keys
 
-FORMAT = 1
+FORMAT = 2
 BATCH = 256
 FACT_EPOCHS, TEXT_EPOCHS, LEAST_STEPS = 60, 2, 60
 """How often the encoder sees each fact and each sentence at most, whatever time there is: more of it only learns the
@@ -279,9 +280,10 @@ def learn(
     if min(len(withheld.reworded), len(untaught)) < FEWEST or not library.size:
         return shipped_judge(), {}
     memory = Memory.build(without(facts, withheld.questions), library, encoder)
-    old = [(look(q, encoder, memory, library), fact) for q, fact in withheld.reworded]
-    new = [(look(q, encoder, memory, library), fact) for q, fact in untaught]
-    none = [look(q, encoder, memory, library) for q in outside]
+    sources = Sources(encoder, memory, library)
+    old = [(look(q, sources), fact) for q, fact in withheld.reworded]
+    new = [(look(q, sources), fact) for q, fact in untaught]
+    none = [look(q, sources) for q in outside]
 
     right = [np.array([memory.facts[n].answer == fact.answer for n in found.facts.numbers]) for found, fact in old]
     tells = [_tells(found, fact) for found, fact in new]
@@ -304,6 +306,9 @@ def learn(
     nothing = [False] * len(none)
     fact_right = fit_logistic(full, np.array(answered + nothing))
     passage_right = fit_logistic(full, np.array(quoted + nothing))
+    known_right, quote_right = np.array(answered), np.array(quoted)
+    one = known_right != quote_right
+    prefer = fit_logistic(full[: len(asked)][one], known_right[one])
     inside_target = np.array([True] * len(asked) + nothing)
     shipped = shipped_judge() if not none else None
     inside = fit_logistic(full, inside_target) if shipped is None else shipped.inside
@@ -314,17 +319,26 @@ def learn(
         passage_ranker=passage_ranker,
         fact_right=fact_right,
         passage_right=passage_right,
+        prefer=prefer,
         inside=inside,
         threshold=float(np.quantile(inside(full[known]), REFUSED)),
         inside_passages=inside_passages,
         threshold_passages=float(np.quantile(inside_passages(plain[known]), REFUSED)),
     )
     kept = inside(full) >= judge.threshold
+    chances = share_of(prefer(full[: len(asked)]))
+    both = in_doubt(chances)
+    right_as_given = np.where(both, known_right | quote_right, np.where(chances >= 0.5, known_right, quote_right))
+    right_as_given &= kept[: len(asked)]
     measured = {
         "reworded": len(old),
         "reworded_right": float(np.mean(answered[: len(old)])),
+        "reworded_right_as_given": float(right_as_given[: len(old)].mean()),
+        "reworded_both": float(both[: len(old)].mean()),
         "untaught": len(new),
         "untaught_quoted": float(np.mean(quoted[len(old) :])),
+        "untaught_right_as_given": float(right_as_given[len(old) :].mean()),
+        "untaught_both": float(both[len(old) :].mean()),
         "reworded_refused": float(1 - kept[: len(old)].mean()),
         "untaught_refused": float(1 - kept[len(old) : len(asked)].mean()),
         "outside": len(none),

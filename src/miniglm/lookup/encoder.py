@@ -91,6 +91,12 @@ class Encoder:
             made.append(_unit_sums(some, self.vectors).numpy())
         return np.concatenate(made)
 
+    def bag(self, bag: Bag) -> NDArray[np.float32]:
+        """The vector of one, (dimensions,), as `bags` gives it, without what torch takes to begin."""
+        summed = self.vectors.numpy()[bag].sum(axis=0)
+        found: NDArray[np.float32] = summed / max(float(np.linalg.norm(summed)), 1e-12)
+        return found
+
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of length 1, (texts, dimensions)."""
         return self.bags([self.vocabulary.bag(plain(text)) for text in texts])
@@ -115,7 +121,9 @@ class Encoder:
                 raise ValueError(f"词表有 {len(names)} 项，向量有 {len(vectors)} 行")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise MiniGLMError(
-                f"检索的编码器读不出来（{error}）", path=folder / FILE, fix="请重新运行 miniglm index"
+                f"检索的编码器读不出来（{error}）",
+                path=folder / FILE,
+                fix="删去运行目录里的 index，再运行 miniglm index",
             ) from None
         return cls(Vocabulary(names.astype(np.uint32), idf), vectors)
 

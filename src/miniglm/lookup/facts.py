@@ -144,7 +144,9 @@ class Memory:
                 raise ValueError(f"有 {len(facts)} 个事实，向量有 {len(vectors['answers'])} 行")
             lexical = [Lexical.load(folder / name, len(facts)) for name in ("told", "wide")]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MiniGLMError(f"检索的问答读不出来（{error}）", path=folder, fix="请重新运行 miniglm index") from None
+            raise MiniGLMError(
+                f"检索的问答读不出来（{error}）", path=folder, fix="删去运行目录里的 index，再运行 miniglm index"
+            ) from None
         return cls(facts, vectors, *lexical)
 
 

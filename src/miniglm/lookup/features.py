@@ -6,6 +6,7 @@ distance from it, so that one set of weights serves all questions and all books.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from miniglm.lookup.text import (
     REASON,
     SPEECH,
     Grams,
+    distinct,
     grams,
     has_numeral,
     kinds,
@@ -35,6 +37,8 @@ FACTS = 20
 """Facts that the ranker chooses among."""
 PASSAGES = 40
 """Passages that it chooses among, and how many each of BM25 and vectors brings."""
+KEPT = 10_000
+"""Facts, and passages, of which what does not depend on the question is kept: some 10 KB each."""
 FACT_FEATURES = (
     "bm25_told", "bm25_wide",
     "cos_question", "cos_answer", "cos_together", "cos_context",
@@ -68,17 +72,16 @@ class Query:
         vocabulary = encoder.vocabulary
         self.plain = plain(text)
         self.grams = grams(self.plain)
-        self.distinct = np.unique(self.grams)
+        self.distinct = distinct(self.grams)
         self.pairs = pairs(self.distinct)
         self.triples = triples(self.plain)
         self.kinds = kinds(text)
         bag = vocabulary.bag(self.plain)
-        self.vector: NDArray[np.float32] = encoder.bags([bag])[0]
-        numbers = vocabulary.numbers(self.distinct)
-        self.weights = np.where(numbers == UNKNOWN, vocabulary.rarest, vocabulary.idf[numbers])
-        own = np.unique(bag)
-        self.directions = _directions(encoder, own)
-        strength = encoder.lengths[own, 0].numpy()
+        self.vector = encoder.bag(bag)
+        self.weights = _weights(self.distinct, encoder)
+        own = distinct(bag)
+        strength = encoder.lengths.numpy()[own, 0]
+        self.directions = encoder.vectors.numpy()[own] / np.maximum(strength, 1e-6)[:, None]
         self.strength = strength / max(float(strength.sum()), 1e-6)
 
     def held(self, texts: Sequence[Grams]) -> NDArray[np.bool_]:
@@ -97,23 +100,27 @@ class Query:
         return 1.0 - float(known.mean()) if len(known) else 1.0
 
     def soft(self, bags: Sequence[Bag]) -> Floats:
-        """(texts,) of each of the question's n-grams the best cosine with one of the text's, weighted by its vector's
+        """(bags,) of each of the question's n-grams the best cosine with one of the bag's, weighted by its vector's
         length."""
         rows, places = np.unique(np.concatenate(bags), return_inverse=True)
-        near = (_directions(self.encoder, rows) @ self.directions.T)[places]
+        vectors, lengths = self.encoder.vectors.numpy()[rows], self.encoder.lengths.numpy()[rows]
+        near = (vectors @ self.directions.T / np.maximum(lengths, 1e-6))[places]
         best: Floats = np.maximum.reduceat(near, _starts(bags), axis=0) @ self.strength
         return best
 
-    def dice(self, others: Sequence[Grams]) -> Floats:
-        """(texts,) weighted Dice coefficient of the n-grams of both."""
-        vocabulary = self.encoder.vocabulary
-        each = [np.unique(found) for found in others]
-        numbers = vocabulary.numbers(np.concatenate(each))
-        weights = np.where(numbers == UNKNOWN, vocabulary.rarest, vocabulary.idf[numbers])
-        sums = np.array([part.sum() for part in np.split(weights, _starts(each)[1:])])
-        both = 2 * (self.held(each).astype(np.float32) @ self.weights)
-        dice: Floats = both / np.maximum(sums + self.weights.sum(), 1e-6)
+    def dice(self, others: Sequence[Grams], weights: Floats) -> Floats:
+        """(texts,) weighted Dice coefficient of the n-grams of both; `weights`: of all of each of the others."""
+        both = 2 * (self.held(others).astype(np.float32) @ self.weights)
+        dice: Floats = both / np.maximum(weights + self.weights.sum(), 1e-6)
         return dice
+
+
+def _weights(found: Grams, encoder: Encoder) -> Floats:
+    """Inverse document frequency of each n-gram; an unknown one is as rare as the rarest."""
+    vocabulary = encoder.vocabulary
+    numbers = vocabulary.numbers(found)
+    weights: Floats = np.where(numbers == UNKNOWN, vocabulary.rarest, vocabulary.idf[numbers])
+    return weights
 
 
 def _starts(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
@@ -122,28 +129,97 @@ def _starts(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
 
 
 def _holds(wanted: NDArray[Any], texts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
-    """(texts, wanted) whether each text has each of the wanted numbers, which rise."""
+    """(texts, wanted) whether each text has each of the wanted numbers; a text's numbers rise."""
     table = np.zeros((len(texts), len(wanted)), dtype=bool)
-    if len(wanted):
-        flat = np.concatenate(texts)
-        owners = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-        places = np.minimum(np.searchsorted(wanted, flat), len(wanted) - 1)
-        hit = wanted[places] == flat
-        table[owners[hit], places[hit]] = True
+    for row, text in zip(table, texts, strict=True):
+        if len(text):
+            row[:] = text[np.minimum(np.searchsorted(text, wanted), len(text) - 1)] == wanted
     return table
-
-
-def _directions(encoder: Encoder, bag: Bag) -> Floats:
-    found: Floats = (encoder.vectors[bag] / encoder.lengths[bag].clamp_min(1e-6)).numpy()
-    return found
 
 
 def _relative(scores: Floats) -> Floats:
     return scores / max(float(scores.max()), 1e-6)
 
 
-def fact_candidates(query: Query, memory: Memory, library: Library) -> Candidates:
+@dataclass(frozen=True, slots=True)
+class FactParts:
+    """What of a fact does not depend on the question. N-grams are distinct ones.
+
+    Attributes:
+        told, bag: of all phrasings and the answer; `context`: of what surrounds the fact in the book.
+        answer: of the answer; `answer_all`: with repetitions.
+        asked, asked_weights: of each phrasing, and what they weigh together; `kinds`: (phrasings, kinds).
+    """
+
+    told: Grams
+    bag: Bag
+    context: Grams
+    answer: Grams
+    answer_all: Grams
+    asked: tuple[Grams, ...]
+    asked_weights: Floats
+    kinds: Floats
+    numeral: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PassageParts:
+    """What of a passage does not depend on the question. N-grams are distinct ones; `context` is with its neighbours."""
+
+    passage: Passage
+    own: Grams
+    bag: Bag
+    triples: NDArray[np.uint64]
+    context: Grams
+    context_triples: NDArray[np.uint64]
+    context_vector: Floats
+    numeral: bool
+    speech: bool
+
+
+class Sources:
+    """Both memories with the encoder, and what is computed from them once for many questions."""
+
+    def __init__(self, encoder: Encoder, memory: Memory, library: Library) -> None:
+        self.encoder, self.memory, self.library = encoder, memory, library
+        self.fact = functools.lru_cache(KEPT)(self._fact)
+        self.passage = functools.lru_cache(KEPT)(self._passage)
+
+    def _fact(self, number: int) -> FactParts:
+        fact = self.memory.facts[number]
+        told, answer = plain(fact.together), grams(plain(fact.answer))
+        asked = tuple(distinct(grams(plain(q))) for q in fact.questions)
+        return FactParts(
+            told=distinct(grams(told)),
+            bag=distinct(self.encoder.vocabulary.bag(told)),
+            context=distinct(grams(context_of(fact, self.library))),
+            answer=distinct(answer),
+            answer_all=answer,
+            asked=asked,
+            asked_weights=np.array([_weights(found, self.encoder).sum() for found in asked], dtype=np.float32),
+            kinds=np.stack([kinds(q) for q in fact.questions]),
+            numeral=has_numeral(fact.answer),
+        )
+
+    def _passage(self, number: int) -> PassageParts:
+        passage, own, around = self.library.passage(number), self.library.plain(number), self.library.context(number)
+        vocabulary = self.encoder.vocabulary
+        return PassageParts(
+            passage=passage,
+            own=distinct(grams(own)),
+            bag=distinct(vocabulary.bag(own)),
+            triples=triples(own),
+            context=distinct(grams(around)),
+            context_triples=triples(around),
+            context_vector=self.encoder.bag(vocabulary.bag(around)),
+            numeral=has_numeral(passage.text),
+            speech="曰" in passage.text or "道：" in passage.text,
+        )
+
+
+def fact_candidates(query: Query, sources: Sources) -> Candidates:
     """The first choice among the facts and its features."""
+    memory = sources.memory
     if not len(memory):
         return Candidates(np.zeros(0, dtype=np.int64), np.zeros((0, len(FACT_FEATURES)), dtype=np.float32))
     told, wide = (_relative(index.scores(query.grams)) for index in (memory.told, memory.wide))
@@ -154,26 +230,24 @@ def fact_candidates(query: Query, memory: Memory, library: Library) -> Candidate
     first = (phrased + cosines["answers"]) / 2 + cosines["together"] + told + 0.3 * cosines["contexts"] + 0.5 * wide
     chosen = np.argsort(-first, kind="stable")[:FACTS]
     tops = {name: float(values.max()) for name, values in cosines.items()}
-    facts = [memory.facts[n] for n in chosen]
-    told_texts, answers = [plain(fact.together) for fact in facts], [grams(plain(fact.answer)) for fact in facts]
-    in_told = query.held([grams(text) for text in told_texts])
-    in_context = query.held([grams(context_of(fact, library)) for fact in facts])
-    soft = query.soft([query.encoder.vocabulary.bag(text) for text in told_texts])
-    firsts = np.cumsum([0, *(len(fact.questions) for fact in facts[:-1])])
-    dice = np.maximum.reduceat(query.dice([grams(plain(q)) for fact in facts for q in fact.questions]), firsts)
+    facts = [sources.fact(n) for n in chosen.tolist()]
+    in_told = query.held([fact.told for fact in facts])
+    in_context = query.held([fact.context for fact in facts])
+    phrasings = _starts([fact.asked_weights for fact in facts])
+    dice = query.dice([a for fact in facts for a in fact.asked], np.concatenate([f.asked_weights for f in facts]))
     # Of the answer's n-grams, with repetitions, the share that the question has said already.
-    repeated = [float(np.isin(answer, query.distinct).mean()) if len(answer) else 0.0 for answer in answers]
-    asked = [np.stack([kinds(q) for q in fact.questions]) for fact in facts]
-    person = np.array([own[:, PERSON].max() for own in asked])
-    reason = np.array([own[:, REASON].max() for own in asked])
-    number = np.array([has_numeral(fact.answer) for fact in facts])
+    repeated = [float(np.isin(f.answer_all, query.distinct).mean()) if len(f.answer_all) else 0.0 for f in facts]
+    person = np.array([fact.kinds[:, PERSON].max() for fact in facts])
+    reason = np.array([fact.kinds[:, REASON].max() for fact in facts])
+    number = np.array([fact.numeral for fact in facts])
     columns = [
         told[chosen], wide[chosen],
         *(cosines[name][chosen] for name in FIELDS), *(cosines[name][chosen] - tops[name] for name in FIELDS),
         query.cover(in_told), query.cover(in_context), query.cover(in_told | in_context),
-        query.cover(query.held(answers)), soft, dice, repeated,
-        [(own @ query.kinds).max() / max(1.0, float(query.kinds.sum())) for own in asked],
-        [-np.abs(own - query.kinds).sum(axis=1).min() for own in asked],
+        query.cover(query.held([fact.answer for fact in facts])), query.soft([fact.bag for fact in facts]),
+        np.maximum.reduceat(dice, phrasings), repeated,
+        [(fact.kinds @ query.kinds).max() / max(1.0, float(query.kinds.sum())) for fact in facts],
+        [-np.abs(fact.kinds - query.kinds).sum(axis=1).min() for fact in facts],
         query.kinds[NUMBER] * number,
         query.kinds[PERSON] * person, query.kinds[PERSON] * (person - 1),
         query.kinds[REASON] * reason,
@@ -181,8 +255,9 @@ def fact_candidates(query: Query, memory: Memory, library: Library) -> Candidate
     return Candidates(chosen, np.stack(columns, axis=1).astype(np.float32))
 
 
-def passage_candidates(query: Query, library: Library) -> tuple[Candidates, list[Passage]]:
+def passage_candidates(query: Query, sources: Sources) -> tuple[Candidates, list[Passage]]:
     """The first choice among the passages, its features, and the passages themselves."""
+    library = sources.library
     found = library.search(query.grams, query.vector, PASSAGES) if library.size else []
     if not found:
         return Candidates(np.zeros(0, dtype=np.int64), np.zeros((0, len(PASSAGE_FEATURES)), dtype=np.float32)), []
@@ -192,22 +267,20 @@ def passage_candidates(query: Query, library: Library) -> tuple[Candidates, list
     found = [(n, score / most, floor if np.isnan(cos) else cos) for n, score, cos in found]
     found.sort(key=lambda hit: -(hit[1] + hit[2]))
     found = found[:PASSAGES]
-    texts = [library.passage(n) for n, *_ in found]
-    vocabulary = query.encoder.vocabulary
-    around = [library.context(n) for n, *_ in found]
-    contexts = query.encoder.bags([vocabulary.bag(text) for text in around]) @ query.vector
-    own = [library.plain(n) for n, *_ in found]
-    held = query.held([grams(text) for text in own])
-    near = query.held([grams(text) for text in around])
+    parts = [sources.passage(n) for n, *_ in found]
+    contexts = np.stack([p.context_vector for p in parts]) @ query.vector
+    held = query.held([p.own for p in parts])
+    near = query.held([p.context for p in parts])
     runs = max(1, len(query.triples))
     cosine = np.array([cos for *_, cos in found])
     columns = [
         [score for _, score, _ in found], cosine, contexts, cosine - cosine.max(), contexts - contexts.max(),
         query.cover(held), query.cover(near), query.cover(held, query.pairs), query.cover(near, query.pairs),
-        _holds(query.triples, [triples(text) for text in own]).sum(axis=1) / runs,
-        _holds(query.triples, [triples(text) for text in around]).sum(axis=1) / runs,
-        query.soft([vocabulary.bag(text) for text in own]),
-        query.kinds[NUMBER] * np.array([has_numeral(p.text) for p in texts]),
-        query.kinds[SPEECH] * np.array(["曰" in p.text or "道：" in p.text for p in texts]),
+        _holds(query.triples, [p.triples for p in parts]).sum(axis=1) / runs,
+        _holds(query.triples, [p.context_triples for p in parts]).sum(axis=1) / runs,
+        query.soft([p.bag for p in parts]),
+        query.kinds[NUMBER] * np.array([p.numeral for p in parts]),
+        query.kinds[SPEECH] * np.array([p.speech for p in parts]),
     ]  # fmt: skip
-    return Candidates(np.array([n for n, *_ in found]), np.stack(columns, axis=1).astype(np.float32)), texts
+    found_features = np.stack(columns, axis=1).astype(np.float32)
+    return Candidates(np.array([n for n, *_ in found]), found_features), [p.passage for p in parts]

@@ -7,11 +7,12 @@ questions with known answers.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.lexical import Lexical
-from miniglm.lookup.text import CONTEXT, Grams, Plain, passages, plain
+from miniglm.lookup.text import CONTEXT, Grams, Plain, passages, plain, sentences
 
 SHARD = 100_000
 """Passages in a shard at most."""
-_AGAIN = "请重新运行 miniglm index"
+AROUND = 1
+"""Paragraphs that are shown before and after one."""
+_AGAIN = "删去运行目录里的 index，再运行 miniglm index"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +83,20 @@ class Shard:
         before = len(self._read(begin, start))
         book, title = self.about["book"], heading["title"]
         return Passage(book, heading["number"], title, paragraph, before, self._read(start, end))
+
+    def around(self, paragraph: int) -> tuple[str, list[tuple[int, str]]]:
+        """See `Library.around`."""
+        rows = self._paragraphs
+        row = int(np.searchsorted(rows[:, 0], paragraph))
+        if row == len(rows) or rows[row, 0] != paragraph:
+            raise LookupError(paragraph)
+        chapter = int(rows[row, 1])
+        found = []
+        for near in range(max(0, row - AROUND), min(len(rows), row + AROUND + 1)):
+            end = int(rows[near + 1, 2]) if near + 1 < len(rows) else len(self._text)
+            if rows[near, 1] == chapter:
+                found.append((int(rows[near, 0]), self._read(int(rows[near, 2]), end).removesuffix("\n")))
+        return self.about["chapters"][chapter]["title"], found
 
     def plain(self, number: int) -> Plain:
         """The passage's characters."""
@@ -183,6 +200,45 @@ class Library:
         """The characters of the passage of that number with those before and after it in its chapter."""
         shard = int(np.searchsorted(self._first, number, "right")) - 1
         return self.shards[shard].context(number - int(self._first[shard]))
+
+    def around(self, book: str, paragraph: int) -> tuple[str, list[tuple[int, str]]]:
+        """The heading of a paragraph's chapter, and that paragraph with `AROUND` before and after it in the chapter,
+        (number, text) each.
+
+        Raises:
+            LookupError: there is no such book or paragraph.
+        """
+        for shard in self.shards:
+            if shard.about["book"] == book:
+                with contextlib.suppress(LookupError):
+                    return shard.around(paragraph)
+        raise LookupError(f"{book} {paragraph}")
+
+    def beside(self, passage: Passage, most: int) -> tuple[str, str]:
+        """The whole sentences of its paragraph before and after a passage that make up `most` characters with it, as many
+        after it as before it, as far as there are some."""
+        text = dict(self.around(passage.book, passage.paragraph)[1])[passage.paragraph]
+        start, end = passage.start, passage.start + len(passage.text)
+        first, last = start, end
+        cut = sentences(text)
+        before, after = [s for s, e in cut if e <= start], [e for s, e in cut if s >= end]
+        while before or after:
+            # The shorter side goes on; one that would become too long is done.
+            side = before if before and (not after or start - first <= last - end) else after
+            low, high = (side[-1], last) if side is before else (first, side[0])
+            if high - low > most:
+                side.clear()
+                continue
+            side.pop(-1 if side is before else 0)
+            first, last = low, high
+        return text[first:start], text[end:last]
+
+    def joined(self, one: Passage, other: Passage) -> Passage:
+        """Two passages of a paragraph and what is between them as one."""
+        text = dict(self.around(one.book, one.paragraph)[1])[one.paragraph]
+        start = min(one.start, other.start)
+        end = max(one.start + len(one.text), other.start + len(other.text))
+        return replace(one, start=start, text=text[start:end])
 
     def search(self, question: Grams, vector: NDArray[np.float32], count: int) -> list[tuple[int, float, float]]:
         """The `count` most similar by BM25 and as many by vector: (number, BM25, cosine or NaN), in no order."""

@@ -10,20 +10,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from miniglm.lookup.encoder import Encoder
-from miniglm.lookup.facts import Memory
 from miniglm.lookup.features import (
     FACT_FEATURES,
     PASSAGE_FEATURES,
     Candidates,
     Query,
+    Sources,
     fact_candidates,
     passage_candidates,
 )
-from miniglm.lookup.library import Library, Passage
+from miniglm.lookup.library import Passage
 from miniglm.lookup.ranking import Linear
 
 Floats = NDArray[np.float32]
+DOUBT = 0.25
+"""How far from one half the chance of the fact against the passage must be for one alone to be shown. Chosen on facts
+held out from the training questions: see docs/lookup.md."""
 _FACT_SIGNALS = ("cos_question", "cos_answer", "cos_together", "cover_told", "cover_either", "soft_told", "dice_question",
                  "answer_in_question", "kind_nearness")  # fmt: skip
 _PASSAGE_SIGNALS = ("cos", "cos_context", "cover", "cover_context", "cover_pairs", "cover_pairs_context",
@@ -37,6 +39,7 @@ class Judge:
     Attributes:
         fact_ranker, passage_ranker: choose among candidates.
         fact_right, passage_right: log odds that the first fact's answer is right, that the first passage tells it.
+        prefer: log odds of the fact against the passage, where only one of them is right.
         inside: log odds that the books answer the question at all; `threshold`: below it, it is refused.
         inside_passages, threshold_passages: the same without facts.
     """
@@ -45,6 +48,7 @@ class Judge:
     passage_ranker: Linear
     fact_right: Linear
     passage_right: Linear
+    prefer: Linear
     inside: Linear
     threshold: float
     inside_passages: Linear
@@ -84,12 +88,22 @@ class Look:
     texts: list[Passage]
 
 
-def look(question: str, encoder: Encoder, memory: Memory, library: Library) -> Look:
+def look(question: str, sources: Sources) -> Look:
     """The candidates of both memories with their features."""
-    query = Query(question, encoder)
-    facts = fact_candidates(query, memory, library)
-    passages, texts = passage_candidates(query, library)
+    query = Query(question, sources.encoder)
+    facts = fact_candidates(query, sources)
+    passages, texts = passage_candidates(query, sources)
     return Look(query, facts, passages, texts)
+
+
+def share_of(log_odds: Floats) -> Floats:
+    """Probabilities of log odds."""
+    return np.asarray(1 / (1 + np.exp(-np.clip(log_odds, -30, 30))), dtype=np.float32)
+
+
+def in_doubt(chances: Floats) -> NDArray[np.bool_]:
+    """Where neither the fact nor the passage is so much likelier that the other need not be shown."""
+    return np.asarray(np.abs(chances - 0.5) < DOUBT)
 
 
 def ranked(scores: Floats) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +93,16 @@ def grams(text: Plain) -> Grams:
     return np.concatenate([units, (units[:-1] + 1 << 16) | units[1:]])
 
 
+Numbers = TypeVar("Numbers", bound=np.generic)
+
+
+def distinct(found: NDArray[Numbers]) -> NDArray[Numbers]:
+    """The distinct ones, rising: `np.unique`, which takes three times as long for a few hundred numbers."""
+    rising = np.sort(found)
+    kept: NDArray[Numbers] = rising[np.concatenate([rising[:1] == rising[:1], rising[1:] != rising[:-1]])]
+    return kept
+
+
 def pairs(found: Grams) -> NDArray[np.bool_]:
     """Which of them are pairs."""
     return found >= 1 << 16
@@ -100,7 +111,7 @@ def pairs(found: Grams) -> NDArray[np.bool_]:
 def triples(text: Plain) -> NDArray[np.uint64]:
     """The distinct runs of three characters, by number."""
     units = text.astype(np.uint64)
-    return np.unique(units[:-2] << 32 | units[1:-1] << 16 | units[2:])
+    return distinct(np.asarray(units[:-2] << 32 | units[1:-1] << 16 | units[2:], dtype=np.uint64))
 
 
 def kinds(question: str) -> NDArray[np.float32]:

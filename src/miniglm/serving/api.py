@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -21,9 +21,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from miniglm.serving import schema
+from miniglm.serving.book import BookService, last_question
 from miniglm.serving.metrics import Metrics
 from miniglm.serving.schema import ApiError, ChatRequest, CompletionRequest, GenerationRequest, to_json
-from miniglm.serving.service import Answer, Delta, LocalService, Options, ServiceError
+from miniglm.serving.service import Answering, Delta, LocalService, Options, Quoted, ServiceError
 from miniglm.serving.settings import Limits
 
 if TYPE_CHECKING:
@@ -70,8 +71,19 @@ def _responses(good: type[BaseModel], *refusals: int, stream: bool = False) -> d
     return found
 
 
-def create_router(service: LocalService, limits: Limits, metrics: Metrics, *, log_prompts: bool = False) -> APIRouter:
-    """The routes under /v1."""
+def create_router(
+    service: LocalService,
+    limits: Limits,
+    metrics: Metrics,
+    *,
+    log_prompts: bool = False,
+    book: BookService | None = None,
+) -> APIRouter:
+    """The routes under /v1.
+
+    Args:
+        book: answers chats from the book, unless a request wants the model's own answer (`look_up: false`).
+    """
     router = APIRouter(prefix="/v1", route_class=_Route, default_response_class=_Json)
     card = schema.ModelCard(id=service.model_id, created=int(time.time()), max_model_len=service.context).model_dump()
 
@@ -96,6 +108,11 @@ def create_router(service: LocalService, limits: Limits, metrics: Metrics, *, lo
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         if log_prompts:
             log.info("对话：%s", messages)
+        if _looks_up(body, book is not None) and book is not None:
+            found = await book.find(messages)
+            form = _ChatForm(service, False, beside=schema.found_in_the_book(found))
+            quoted = [Quoted(found.text, last_question(messages), service.tokenizer)]
+            return await _respond(form, body, quoted, request, limits, metrics)
         answers = await _begin(service.begin_chat(messages, options, logprobs=logprobs, choices=body.n or 1))
         return await _respond(_ChatForm(service, logprobs is not None), body, answers, request, limits, metrics)
 
@@ -106,7 +123,7 @@ def create_router(service: LocalService, limits: Limits, metrics: Metrics, *, lo
         options = _options(body, body.max_tokens, COMPLETION_DEFAULTS)
         if log_prompts:
             log.info("续写：%s", prompts)
-        answers: list[Answer] = []
+        answers: list[Answering] = []
         try:
             for prompt in prompts:
                 begun = service.begin_completion(prompt, options, logprobs=body.logprobs, choices=body.n or 1)
@@ -209,6 +226,20 @@ def _check_chat(body: ChatRequest, model_id: str, limits: Limits) -> list[Messag
     return messages
 
 
+def _looks_up(body: ChatRequest, has_book: bool) -> bool:
+    """Whether the book answers. What only the model can do is refused there rather than left out in silence."""
+    if body.look_up and not has_book:
+        found = "look_up 是 true，但这里没有索引：先运行 miniglm index，再重新启动服务"
+        raise ApiError(400, found, param="look_up", code="invalid_value")
+    if not has_book or body.look_up is False:
+        return False
+    for name, wanted in (("logprobs", body.logprobs), ("n", (body.n or 1) > 1), ("stop", body.stop)):
+        if wanted:
+            found = f"查书的回答是书里现成的文字，没有 {name}；要模型自己回答，加上 look_up: false"
+            raise ApiError(400, found, param=name, code="invalid_value")
+    return True
+
+
 def _check_completion(body: CompletionRequest, model_id: str, limits: Limits) -> list[str | list[int]]:
     """The texts and lists of token ids to continue."""
     _check_common(body, model_id, limits)
@@ -248,7 +279,7 @@ def _refusal(error: ServiceError) -> ApiError:
     return ApiError(error.status, error.message, code=code, retry_after=RETRY_SECONDS.get(error.status))
 
 
-async def _begin(begun: Awaitable[list[Answer]]) -> list[Answer]:
+async def _begin(begun: Awaitable[Sequence[Answering]]) -> Sequence[Answering]:
     try:
         return await begun
     except ServiceError as error:
@@ -257,7 +288,7 @@ async def _begin(begun: Awaitable[list[Answer]]) -> list[Answer]:
         raise _refusal(error) from None
 
 
-def _cancel(answers: Iterable[Answer]) -> None:
+def _cancel(answers: Iterable[Answering]) -> None:
     for answer in answers:
         answer.cancel()
 
@@ -268,8 +299,10 @@ class _Form:
     object = ""
     id_prefix = ""
 
-    def __init__(self, service: LocalService, logprobs: bool) -> None:
+    def __init__(self, service: LocalService, logprobs: bool, beside: Mapping[str, Any] | None = None) -> None:
         self.tokenizer, self.logprobs = service.tokenizer, logprobs
+        self.beside = dict(beside or {})
+        """Stands beside the standard fields in a whole answer and in the chunk that closes one."""
         self.head = {
             "id": self.id_prefix + uuid.uuid4().hex,
             "object": self.object,
@@ -384,12 +417,12 @@ def _finite(logprob: float | None) -> float:
 class _Deadline:
     """Cancels answers that take too long."""
 
-    def __init__(self, answers: Sequence[Answer], seconds: float) -> None:
+    def __init__(self, answers: Sequence[Answering], seconds: float) -> None:
         self.passed = False
         self.seconds = seconds
         self.timer = asyncio.get_running_loop().call_later(seconds, self._pass, answers)
 
-    def _pass(self, answers: Sequence[Answer]) -> None:
+    def _pass(self, answers: Sequence[Answering]) -> None:
         self.passed = True
         _cancel(answers)
 
@@ -401,7 +434,7 @@ class _Deadline:
         return ApiError(503, "服务正在关闭，回答没有做完", code="service_unavailable", retry_after=RETRY_SECONDS[503])
 
 
-def _usage(answers: Sequence[Answer], choices: int) -> dict[str, int]:
+def _usage(answers: Sequence[Answering], choices: int) -> dict[str, int]:
     prompt = sum(answer.prompt_tokens for answer in answers[::choices])  # a prompt counts once, whatever n
     made = sum(answer.tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
@@ -410,7 +443,7 @@ def _usage(answers: Sequence[Answer], choices: int) -> dict[str, int]:
 async def _respond(
     form: _Form,
     body: GenerationRequest,
-    answers: Sequence[Answer],
+    answers: Sequence[Answering],
     request: Request,
     limits: Limits,
     metrics: Metrics,
@@ -440,7 +473,7 @@ async def _respond(
             offsets = tuple(offset for part in parts for offset in part.offsets)
             whole = Delta("".join(part.text for part in parts), tokens, offsets)
             choices.append(form.whole(index, whole, answer.finish_reason))
-        return _Json(form.head | {"choices": choices, "usage": _usage(answers, body.n or 1)})
+        return _Json(form.head | {"choices": choices, "usage": _usage(answers, body.n or 1)} | form.beside)
     except ServiceError as error:
         raise _refusal(error) from error
     finally:
@@ -449,7 +482,7 @@ async def _respond(
         _cancel(answers)
 
 
-async def _cancel_when_gone(request: Request, answers: Sequence[Answer]) -> None:
+async def _cancel_when_gone(request: Request, answers: Sequence[Answering]) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     _cancel(answers)
@@ -460,7 +493,7 @@ class _EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], answers: Sequence[Answer], deadline: _Deadline) -> None:
+    def __init__(self, events: AsyncIterator[bytes], answers: Sequence[Answering], deadline: _Deadline) -> None:
         # Proxies that collect an answer before they pass it on leave one with this header alone (nginx).
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.answers, self.deadline = answers, deadline
@@ -475,7 +508,7 @@ class _EventStream(StreamingResponse):
 
 async def _events(
     form: _Form,
-    answers: Sequence[Answer],
+    answers: Sequence[Answering],
     choices: int,
     include_usage: bool,
     deadline: _Deadline,
@@ -485,8 +518,8 @@ async def _events(
     head = form.head | ({"object": f"{object}.chunk"} if object == "chat.completion" else {})
     no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
 
-    def chunk(choice: dict[str, Any]) -> bytes:
-        return b"data: " + to_json(head | {"choices": [choice]} | no_usage) + b"\n\n"
+    def chunk(choice: dict[str, Any], beside: Mapping[str, Any] | None = None) -> bytes:
+        return b"data: " + to_json(head | {"choices": [choice]} | no_usage | (beside or {})) + b"\n\n"
 
     try:
         for index in range(len(answers)):
@@ -498,7 +531,7 @@ async def _events(
                 reason = answers[index].finish_reason
                 if reason not in ("stop", "length"):
                     raise deadline.error()
-                yield chunk(form.last(index, reason))
+                yield chunk(form.last(index, reason), form.beside)
             else:
                 if waiting:
                     first_text()
@@ -514,7 +547,7 @@ async def _events(
         yield b"data: " + error.body() + b"\n\n"
 
 
-async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Delta | None]]:
+async def _merged(answers: Sequence[Answering]) -> AsyncIterator[tuple[int, Delta | None]]:
     """What the answers give as it comes, with each one's index; None at its end."""
     if len(answers) == 1:
         async for delta in answers[0]:
@@ -523,7 +556,7 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Delta |
         return
     arrived: asyncio.Queue[tuple[int, Delta | ServiceError | None]] = asyncio.Queue()
 
-    async def pump(index: int, answer: Answer) -> None:
+    async def pump(index: int, answer: Answering) -> None:
         try:
             async for delta in answer:
                 arrived.put_nowait((index, delta))

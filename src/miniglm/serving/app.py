@@ -13,6 +13,7 @@ from starlette.routing import Match
 
 from miniglm import __version__
 from miniglm.serving.api import create_router, install_errors
+from miniglm.serving.book import BookService
 from miniglm.serving.guards import Body, Clients, Key, Measure, Origins, State
 from miniglm.serving.metrics import Metrics
 from miniglm.serving.schema import ApiError
@@ -31,14 +32,14 @@ def create_app(
     cors: Sequence[str] = (),
     log_prompts: bool = False,
     page: bool = True,
-    book: Service | None = None,
+    book: BookService | None = None,
 ) -> FastAPI:
     """All routes behind all guards.
 
     Args:
         run: the run folder whose report is shown and whose `feedback.jsonl` is appended to.
         page: with the page, which takes seconds to load.
-        book: answers the page's questions from the book.
+        book: answers the page's questions and the API's chats from the book, unless they want the model's own answer.
     """
     local = service if isinstance(service, LocalService) else None
     metrics = Metrics(local.worker if local else None)
@@ -46,7 +47,7 @@ def create_app(
     install_errors(app)
     api: list[APIRoute] = []
     if local:
-        router = create_router(local, limits, metrics, log_prompts=log_prompts)
+        router = create_router(local, limits, metrics, log_prompts=log_prompts, book=book)
         api = [route for route in router.routes if isinstance(route, APIRoute)]
         app.include_router(router)
 

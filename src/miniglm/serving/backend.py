@@ -40,10 +40,11 @@ class RemoteService:
 
     def __init__(self, base_url: str, api_key: str | None = None, *, model_id: str | None = None) -> None:
         self.base_url, self.model_id = base_url.rstrip("/"), model_id or ""
+        self._looks_up = False
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def chat(self, messages: Sequence[Message], options: Options) -> AsyncIterator[Piece]:
-        """See `Service`."""
+        """See `Service`; a second `miniglm serve` is asked for its model's own answer, as any other server gives."""
         return self._stream("/chat/completions", {"messages": asked(messages)}, options)
 
     def complete(self, prompt: str, options: Options) -> AsyncIterator[Piece]:
@@ -74,7 +75,8 @@ class RemoteService:
                 answer = await client.get(f"{self.base_url}/models")
                 if answer.status_code != 200:
                     raise self._refused(answer.status_code, answer.content)
-                self.model_id = str(answer.json()["data"][0]["id"])
+                card = answer.json()["data"][0]
+                self.model_id, self._looks_up = str(card["id"]), card.get("owned_by") == "miniglm"
             except (LookupError, TypeError, ValueError):
                 raise ServiceError(
                     f"后端 {self.base_url} 没有列出模型，像是没有 OpenAI 兼容的接口", status=502
@@ -85,6 +87,8 @@ class RemoteService:
 
     async def _stream(self, path: str, what: Mapping[str, Any], options: Options) -> AsyncIterator[Piece]:
         body = {"model": await self.find_model(), **what, "stream": True, **_wire(options)}
+        if self._looks_up and "messages" in what:
+            body["look_up"] = False
         tokens = 0
         async with self._client() as client:
             try:

@@ -6,9 +6,15 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from miniglm.chat import Message, with_sources
-from miniglm.lookup import Answerer
+from miniglm.lookup import Answer, Answerer
 from miniglm.qa.questions import normalize_question
 from miniglm.serving.service import Options, Piece, ServiceError
+
+
+def last_question(messages: Sequence[Message]) -> str:
+    """The last of a conversation's questions, "" where it has none."""
+    asked = (m["content"] for m in reversed(messages) if m["role"] == "user")
+    return normalize_question(next(asked, ""))
 
 
 class BookService:
@@ -21,10 +27,21 @@ class BookService:
     def __init__(self, answerer: Answerer, model_id: str) -> None:
         self.answerer, self.model_id = answerer, model_id
 
+    async def find(self, messages: Sequence[Message]) -> Answer:
+        """The answer to the conversation's last question."""
+        return await asyncio.to_thread(self.answerer.answer, last_question(messages))
+
+    def around(self, book: str, paragraph: int) -> tuple[str, list[tuple[int, str]]]:
+        """The chapter's heading, and the paragraph with those next to it: (number, text) each.
+
+        Raises:
+            LookupError: there is no such paragraph.
+        """
+        return self.answerer.library.around(book, paragraph)
+
     async def chat(self, messages: Sequence[Message], options: Options) -> AsyncIterator[Piece]:
         """The answer to the last question with its sources, in one piece: it is there at once."""
-        question = normalize_question(messages[-1]["content"])
-        yield Piece(with_sources(await asyncio.to_thread(self.answerer.answer, question)), 1)
+        yield Piece(with_sources(await self.find(messages)), 1)
 
     async def complete(self, prompt: str, options: Options) -> AsyncIterator[Piece]:
         """Nothing is made up here."""

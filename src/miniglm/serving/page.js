@@ -12,6 +12,23 @@
   // Gradio opens every link in a new window; the other language belongs into this one.
   document.addEventListener("click", event => event.target.closest?.("a.language")?.removeAttribute("target"), true);
 
+  // A source that is opened is scrolled to, and the keyboard goes along; Escape shuts it and brings it back.
+  let opener = null;
+  document.addEventListener("click", event => (opener = event.target.closest?.("#conversation .option") ?? opener), true);
+  document.addEventListener("keydown", event => event.key === "Escape" && document.querySelector("#shut")?.click());
+  new MutationObserver(() => {
+    if (!opener) return;
+    const shut = document.querySelector("#shut"), mark = document.querySelector("#opened mark");
+    if (mark && mark !== opener.mark) {
+      opener.mark = mark;
+      mark.scrollIntoView({ block: "center" });
+      shut.focus({ preventScroll: true });
+    } else if (!shut && opener.mark) {
+      delete opener.mark;
+      opener.focus();
+    }
+  }).observe(document.documentElement, { childList: true, subtree: true });
+
   // Texts carry a word joiner after "<" and "&" so that they are shown as they are (see page.py); copies go without.
   const clipboard = navigator.clipboard;
   if (clipboard) {

@@ -23,11 +23,14 @@ from typing import TYPE_CHECKING, Any, cast
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported; also for what it makes by itself
 import gradio as gr
 
+from miniglm.chat import with_sources
 from miniglm.errors import MiniGLMError
+from miniglm.lookup import Citation
 from miniglm.model import ModelConfig
 from miniglm.qa.formats import read_examples
 from miniglm.qa.questions import normalize_question
 from miniglm.serving import page_text
+from miniglm.serving.book import BookService
 from miniglm.serving.feedback import Rating, add_feedback
 from miniglm.serving.page_shell import PageShell
 from miniglm.serving.page_text import Language, message, translations
@@ -50,6 +53,10 @@ AGAIN = 0.8
 """Temperature of a second answer to the same question where the settings say 0, which would repeat the first."""
 NOTICE = "notice"
 """Marks a line in the conversation that the page wrote, not the model."""
+SOURCES, EXCERPT = 5, 10
+"""Sources of an answer that can be opened, and characters of each that its button shows."""
+Source = tuple[str, str]
+"""A button's text, and where in the book it leads: JSON of title, paragraph, first and last character."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 History = list[dict[str, Any]]
@@ -170,8 +177,46 @@ def unveiled(text: str) -> str:
     return re.sub("([<&])\u2060", "\\1", text)
 
 
-def _said(role: str, text: str, *, notice: bool = False) -> dict[str, Any]:
-    return {"role": role, "content": veiled(text)} | ({"metadata": {"id": NOTICE}} if notice else {})
+def _said(role: str, text: str, *, notice: bool = False, sources: Sequence[Source] = ()) -> dict[str, Any]:
+    made: dict[str, Any] = {"role": role, "content": veiled(text)}
+    if notice:
+        made["metadata"] = {"id": NOTICE}
+    if sources:
+        made["options"] = [{"label": label, "value": place} for label, place in sources]
+    return made
+
+
+def _sources_of(citations: Sequence[Citation]) -> list[Source]:
+    return [
+        (f"{c.label}{c.quoted[:EXCERPT]}…", json.dumps([c.book, c.paragraph, *(c.start + end for end in c.quote)]))
+        for c in citations
+    ]
+
+
+def _sources(options: object) -> list[Source]:
+    """An answer's sources as they came from a browser: they may be anything."""
+    found = []
+    for one in options[:SOURCES] if isinstance(options, list) else ():
+        label, place = (one.get("label"), one.get("value")) if isinstance(one, dict) else (None, None)
+        if isinstance(label, str) and isinstance(place, str):
+            found.append((label[:100], place[:1000]))
+    return found
+
+
+def opened(book: BookService, place: object) -> str | None:
+    """The paragraphs around a source, for a `gr.Markdown`, what the source quotes marked; None where there are none."""
+    try:
+        title, number, start, end = json.loads(place) if isinstance(place, str) else ()
+        heading, around = book.around(str(title), int(number))
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
+    lines = []
+    for paragraph, text in around:
+        quoted = paragraph == number and isinstance(start, int) and isinstance(end, int) and 0 <= start < end
+        before, marked, after = (text[:start], text[start:end], text[end:]) if quoted else (text, "", "")
+        shown = escape(before) + (f"<mark>{escape(marked)}</mark>" if marked else "") + escape(after)
+        lines.append(f"<p>{' '.join(shown.split())}</p>")
+    return f"<div><h3>{escape(' '.join(heading.split()))}</h3>{''.join(lines)}</div>"
 
 
 def _text_of(content: object) -> str:
@@ -190,7 +235,8 @@ def _plain(history: object) -> History:
         if isinstance(one, dict) and one.get("role") in ("user", "assistant"):
             metadata = one.get("metadata")
             notice = isinstance(metadata, dict) and metadata.get("id") == NOTICE
-            kept.append(_said(one["role"], _text_of(one.get("content")), notice=notice))
+            sources = _sources(one.get("options"))
+            kept.append(_said(one["role"], _text_of(one.get("content")), notice=notice, sources=sources))
     return kept
 
 
@@ -293,7 +339,7 @@ def create_page(
     *,
     feedback: Path | None,
     limits: Limits | None = None,
-    book: Service | None = None,
+    book: BookService | None = None,
 ) -> gr.Blocks:
     """The page's components and events; `mount_page` gives them looks and languages.
 
@@ -345,7 +391,7 @@ def _ask_tab(
     i18n: gr.I18n,
     feedback: Path | None,
     limits: Limits,
-    book: Service | None,
+    book: BookService | None,
 ) -> None:
     saved = gr.BrowserState([], storage_key=STORAGE, secret=STORAGE)
     chatbot = gr.Chatbot(
@@ -364,6 +410,9 @@ def _ask_tab(
         feedback_options=("Like", "Dislike"),
         layout="bubble",
     )
+    with gr.Column(visible=False, elem_id="passage") as passage:
+        leaf = gr.Markdown("", elem_id="opened", latex_delimiters=[])
+        shut = gr.Button(i18n("shut"), size="sm", elem_id="shut")
     with gr.Row(elem_classes="line", equal_height=True):
         question = gr.Textbox(
             label=i18n("question"),
@@ -415,10 +464,18 @@ def _ask_tab(
         if again and options.temperature == 0 and source is service:
             options = replace(options, temperature=AGAIN)
             more = message("again", language, temperature=AGAIN)
-        pieces = source.chat([{"role": "user", "content": normal}], options)
+        messages = [{"role": "user", "content": normal}]
+        sources: list[Source] = []
+
+        async def looked_up_pieces(book: BookService) -> AsyncIterator[Piece]:
+            found = await book.find(messages)
+            sources.extend(_sources_of(found.citations))
+            yield Piece(with_sources(found), 1)
+
+        pieces = looked_up_pieces(book) if book is not None and source is book else source.chat(messages, options)
         async with aclosing(_told(pieces, language)) as told:  # type: ignore[type-var]
             async for text, clock, wrong in told:
-                said = [_said("assistant", text)] if text.strip() or not wrong else []
+                said = [_said("assistant", text, sources=sources)] if text.strip() or not wrong else []
                 said += [_said("assistant", wrong, notice=True)] if wrong else []
                 line = gr.skip() if clock.first is None else clock.line(language, more)
                 yield [[*history, *said], gr.skip(), gr.skip(), line, gr.skip(), gr.skip()]
@@ -499,6 +556,16 @@ def _ask_tab(
             return _line(message("rating_failed", language, why=str(error)))
         return _line(message({"like": "liked", "dislike": "disliked", "none": "taken_back"}[rating], language))
 
+    def open_source(chosen: gr.SelectData, request: gr.Request) -> list[Any]:
+        found = opened(book, chosen.value) if book is not None else None
+        return [gr.update(visible=True), found or _line(message("no_passage", _language(request)))]
+
+    def shut_source() -> list[Any]:
+        return [gr.update(visible=False), ""]
+
+    if book is not None:
+        chatbot.option_select(open_source, None, [passage, leaf], **QUIET)
+        shut.click(shut_source, None, [passage, leaf], **QUIET)
     blocks.load(restore, [saved], [chatbot, saved], **QUIET)
     clear.click(forget, None, [chatbot, saved, speed], cancels=running, **QUIET)
     if feedback is not None:
@@ -566,7 +633,7 @@ def mount_page(
     *,
     feedback: Path | None,
     limits: Limits | None = None,
-    book: Service | None = None,
+    book: BookService | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
 ) -> gr.Blocks:

@@ -29,6 +29,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "continuation_hint": ("模型接着往下写的文字会出现在这里", "What the model writes will appear here"),
     "settings": ("采样设置", "Sampling settings"),
     "look_up": ("到书里查", "Look it up in the book"),
+    "shut": ("合上", "Close"),
     "max_tokens": ("最长", "Longest answer"),
     "max_tokens_about": (
         "最多写多少个 token，一个 token 约一到两个字。写完了会提早停。",
@@ -79,6 +80,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "太长了：{found:,} 个字，最多 {limit:,} 个（上限 max_prompt_characters）。",
         "Too long: {found:,} characters, at most {limit:,} (limit max_prompt_characters).",
     ),
+    "no_passage": ("书里没有这个地方", "There is no such place in the book"),
     "failed": (
         "出了意外的错（{kind}），服务器的终端里有详情。请再试一次。",
         "Something unexpected went wrong ({kind}); the server's terminal says more. Please try again.",

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
+from miniglm.lookup import Answer
+
 TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -146,6 +148,7 @@ class ChatRequest(GenerationRequest):
     functions: list[Any] | None = Field(None, description="没有这个功能，只能是空的")
     response_format: dict[str, Any] | None = Field(None, description='只能是 {"type": "text"}')
     modalities: list[str] | None = Field(None, description='只能是 ["text"]')
+    look_up: bool | None = Field(None, description="到书里查；有索引时不给就是 true，false 由模型自己回答")
 
     def unsupported(self) -> str | None:
         """See `GenerationRequest`."""
@@ -225,6 +228,17 @@ class ChatChoice(BaseModel):
     finish_reason: FinishReason
 
 
+class Citation(BaseModel):
+    book: str
+    chapter: int = Field(description="第几章；0 是第一章之前")
+    chapter_title: str
+    paragraph: int = Field(description="书里的第几段，标题也算，从 1 数起")
+    start: int = Field(description="text 从段里第几个字开始，从 0 数起")
+    text: str = Field(description="整句，依据和它的前后文")
+    quote: tuple[int, int] = Field(description="依据在 text 里从第几个字到第几个字，从 0 数起")
+    score: float = Field(description="这一段有答案的把握，0 到 1")
+
+
 class ChatCompletion(BaseModel):
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -232,6 +246,15 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    citations: list[Citation] | None = Field(None, description="查书的回答才有：出处，第一个是答案的依据")
+    refused: bool | None = Field(None, description="查书的回答才有：书里没有找到")
+
+
+def found_in_the_book(found: Answer) -> dict[str, Any]:
+    """What an answer from the book has beside the standard fields."""
+    names = Citation.model_fields
+    citations = [{name: getattr(citation, name) for name in names} for citation in found.citations]
+    return {"citations": citations, "refused": found.refused}
 
 
 class CompletionLogprobs(BaseModel):

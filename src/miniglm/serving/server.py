@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import uvicorn
     from fastapi import FastAPI
 
+    from miniglm.serving.book import BookService
     from miniglm.serving.guards import State
     from miniglm.serving.service import Service
 
@@ -150,7 +151,7 @@ def _open_service(
     return LocalService(model_name(folder), model, tokenizer, limits)
 
 
-def _open_book(folder: Path | None, service: Service) -> Service | None:
+def _open_book(folder: Path | None, service: Service) -> BookService | None:
     """What answers from the book, where the run has an index."""
     from miniglm.lookup import Answerer, has_index
     from miniglm.serving.book import BookService
@@ -162,7 +163,7 @@ def _open_book(folder: Path | None, service: Service) -> Service | None:
 
 def _serve(
     service: Service,
-    book: Service | None,
+    book: BookService | None,
     sock: socket.socket,
     folder: Path | None,
     limits: Limits,

@@ -132,6 +132,40 @@ class Delta:
     offsets: tuple[int, ...]
 
 
+class Answering(Protocol):
+    """An answer as it is made; iterate once.
+
+    Attributes:
+        prompt_tokens, tokens: of the question, and made so far.
+        finish_reason: None while it runs, then "stop", "length" or "cancelled".
+    """
+
+    prompt_tokens: int
+    tokens: int
+    finish_reason: str | None
+
+    def cancel(self) -> None:
+        """Drops it; may be called at any time."""
+        ...
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+
+class Quoted:
+    """An answer that is there already, as `Answering`, in one piece."""
+
+    def __init__(self, text: str, question: str, tokenizer: Tokenizer) -> None:
+        self.text = text
+        self.prompt_tokens, self.tokens = len(tokenizer.encode(question)), len(tokenizer.encode(text))
+        self.finish_reason: str | None = "stop"
+
+    def cancel(self) -> None:
+        """Nothing runs."""
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        yield Delta(self.text, (), ())
+
+
 class Answer:
     """One sequence as it is made; iterate once.
 
