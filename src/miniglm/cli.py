@@ -320,15 +320,13 @@ ClosedBook = Annotated[bool, typer.Option("--closed-book", help="不查书，只
 
 def _say_unused(context: typer.Context) -> None:
     """One line about options that were given and that an answer from the book has no use for."""
-    from click.core import ParameterSource
-
     from miniglm.ui import say
 
     of_the_model = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "turns", "device")
+    # By name: which click the enumeration belongs to depends on typer's version.
+    sources = {name: context.get_parameter_source(name) for name in of_the_model}
     given = [
-        "--" + name.replace("_", "-")
-        for name in of_the_model
-        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+        "--" + name.replace("_", "-") for name, source in sources.items() if source and source.name == "COMMANDLINE"
     ]
     if given:
         say(f"查书的回答用不着 {'、'.join(given)}；要由模型回答，加 --closed-book")

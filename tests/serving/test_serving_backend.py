@@ -12,6 +12,7 @@ import pytest
 from served import MODEL, Running, Start, until
 
 from miniglm.serving.backend import RemoteService
+from miniglm.serving.book import BookService
 from miniglm.serving.service import Options, Piece, ServiceError
 
 ASK = [{"role": "user", "content": "长江"}]
@@ -56,6 +57,18 @@ def test_pieces_come_one_by_one_and_leaving_stops_the_server(server: Running) ->
 
     assert asyncio.run(read()) == 1
     until(lambda: server.service.worker.running == 0, "the answer is dropped")
+
+
+def test_a_server_with_an_index_is_asked_for_its_models_own_answer(start: Start, book: BookService) -> None:
+    with start(book=book) as running:
+        question = [{"role": "user", "content": "古庙里住着谁"}]
+
+        async def both() -> tuple[str, str]:
+            far = RemoteService(f"{running.url}/v1").chat(question, Options(20))
+            return await joined(far), await joined(running.service.chat(question, Options(20)))
+
+        said, expected = asyncio.run(both())
+        assert said == expected and "老僧慧远" not in said
 
 
 def test_a_key_is_needed(start: Start) -> None:
