@@ -474,6 +474,8 @@ class RunFolder:
         """
         _check_format(self.path / "run.json")
         self.lock = hold(self.path, REPORT, what="运行的评测报告", fix="等它结束再评测")
+        with contextlib.suppress(OSError):
+            clean_temporaries(self.path / "report")
 
 
 def _check_format(mark: Path) -> None:

@@ -765,11 +765,16 @@ ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 180.0
 INDEX_SHARE = 0.05
 """Share of the minutes kept for the rest of the index: its vectors, and learning to choose."""
 ALL_QUESTIONS = 10.0
-"""Minutes from which on all questions are asked in scoring; below, one of each part for every second, so that scoring
-does not take longer than training, but at least `LEAST_QUESTIONS`."""
+"""Minutes from which on scoring asks all questions."""
 LEAST_QUESTIONS = 200
 SHOWN = 5
 """Validation questions that the demo shows with their answers."""
+
+
+def question_limit(minutes: float) -> int | None:
+    """How many questions of each part the demo's scoring asks at most: in a short run one for every second, so that
+    scoring does not take longer than training; None: all."""
+    return None if minutes >= ALL_QUESTIONS else max(LEAST_QUESTIONS, round(60 * minutes))
 
 
 def demo(run: Run, begun: float) -> None:
@@ -783,8 +788,7 @@ def demo(run: Run, begun: float) -> None:
     finetune(run, seconds)
     index(run)
     if not (run.path / "report" / "report.json").exists():
-        minutes = run.recipe.run.minutes or 0
-        score(run, limit=None if minutes >= ALL_QUESTIONS else max(LEAST_QUESTIONS, round(60 * minutes)))
+        score(run, limit=question_limit(run.recipe.run.minutes or 0))
         run.note_stage("all", time.monotonic() - begun)
 
 
