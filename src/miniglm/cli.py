@@ -17,7 +17,7 @@ from miniglm.distributed import launch
 from miniglm.errors import MiniGLMError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from miniglm.generation import SamplingSettings
     from miniglm.lookup import Answerer
@@ -440,17 +440,25 @@ def chat(
     device: Device = None,
 ) -> None:
     """在终端里问答。有索引就到书里查，带出处；没有，或加 --closed-book，就和模型聊天，这时采样的选项和 --turns 才有用。"""
-    from miniglm.chat import terminal_chat, terminal_lookup
-    from miniglm.pipeline import answerer_of
+    from miniglm.chat import terminal_chat
 
-    answerer = None if closed_book else answerer_of(run)
-    if answerer is not None:
-        _say_unused(context)
-        terminal_lookup(answerer)
+    if not closed_book and _chat_with_book(run, lambda: _say_unused(context)):
         return
     model, tokenizer = _load(run, device)
     settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     terminal_chat(model, tokenizer, settings, remember=turns)
+
+
+def _chat_with_book(run: Path, before: Callable[[], None] = lambda: None) -> bool:
+    """Answers from the book in the terminal until the user leaves; False where the run has no index."""
+    from miniglm.chat import terminal_lookup
+    from miniglm.pipeline import answerer_of
+
+    answerer = answerer_of(run)
+    if answerer is not None:
+        before()
+        terminal_lookup(answerer)
+    return answerer is not None
 
 
 @app.command()
@@ -501,8 +509,12 @@ def _serve_demo(run: Path, device: str | None) -> None:
 
     if server.missing():
         say('页面要装扩展 serve：pip install -e ".[serve]"')
-        if sys.stdin.isatty():
-            chat(run, device=device)
+        if sys.stdin.isatty() and not _chat_with_book(run):
+            from miniglm.chat import terminal_chat
+            from miniglm.generation import SamplingSettings
+
+            model, tokenizer = _load(run, device)
+            terminal_chat(model, tokenizer, SamplingSettings(stop_ids=tokenizer.stop_ids))
         return
     port = server.PORT if server.port_free("127.0.0.1", server.PORT) else 0
     server.run(run, port=port, open_browser=True, device=device)

@@ -519,7 +519,7 @@ async def _events(
     no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
 
     def chunk(choice: dict[str, Any], beside: Mapping[str, Any] | None = None) -> bytes:
-        return b"data: " + to_json(head | {"choices": [choice]} | no_usage | (beside or {})) + b"\n\n"
+        return b"data: " + to_json(head | {"choices": [choice]} | no_usage | dict(beside or {})) + b"\n\n"
 
     try:
         for index in range(len(answers)):
