@@ -65,12 +65,11 @@ def run(folder: Path, how: Stage, source: Batches | None = None, made: GLM | Non
         losses = [made.loss(b.ids, b.labels, positions=b.positions, mask=b.mask) for b in share(parts)]
         return {"score": total(sum(float(loss) for loss, _ in losses)) / sum(b.targets for b in parts)}
 
-    try:
-        return train(made, source, how, folder, evaluate=evaluate, save_best=lambda scores: None, **more)
-    finally:
-        weights = {n: t.clone() for n, t in whole_weights(made).items() if n != "lm_head.weight"}
-        if weights:
-            save_file(weights, folder / f"weights{launch.rank()}.safetensors")
+    result = train(made, source, how, folder, evaluate=evaluate, save_best=lambda scores: None, **more)
+    weights = {n: t.clone() for n, t in whole_weights(made).items() if n != "lm_head.weight"}
+    if weights:
+        save_file(weights, folder / f"weights{launch.rank()}.safetensors")
+    return result
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -1085,24 +1085,33 @@ def main() -> None:
     sys.exit(128 + stopped)
 
 
+def _fail(error: MiniGLMError) -> None:
+    if launch.size() == 1:
+        print(f"错误：{error}", file=sys.stderr)
+    else:
+        from miniglm.distributed.team import is_first_to_fail
+
+        if is_first_to_fail():  # the others fail because of it, or as it does
+            print(f"错误（进程 {launch.rank()}）：{error}", file=sys.stderr)
+    sys.exit(1)
+
+
 def _run() -> None:
     try:
         app()
     except MiniGLMError as error:
-        if launch.size() == 1:
-            print(f"错误：{error}", file=sys.stderr)
-        else:
-            from miniglm.distributed.team import is_first_to_fail
-
-            if is_first_to_fail():  # the others fail because of it, or as it does
-                print(f"错误（进程 {launch.rank()}）：{error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error)
     except BrokenPipeError:  # the reader of our output has gone (miniglm … | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         # Not imported above: only the training verbs load torch.
         if type(error).__name__ != "Interrupted":
+            if launch.size() > 1:
+                from miniglm.distributed.team import lost
+
+                if gone := lost(error):
+                    _fail(gone)
             raise
         if launch.is_first():
             print("已保存，再运行同一条命令就会接着做。", file=sys.stderr)

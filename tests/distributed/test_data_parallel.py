@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import miniglm
+from running import fails, miniglm
 from safetensors.torch import load_file
 from small_runs import (
     batches,
@@ -176,8 +176,6 @@ def test_bad_rows_without_end_stop_all(tmp_path: Path) -> None:
 def test_a_signal_to_one_process_ends_all_and_another_number_goes_on(tmp_path: Path, alone: Path, who: int) -> None:
     together(4 if who else 2, stopped, tmp_path, who)
     assert len(losses(tmp_path)) == 6
-    for path in tmp_path.glob("weights*"):
-        path.unlink()
     if who:
         together(2, run, tmp_path, stage())
     else:
@@ -237,14 +235,18 @@ def test_a_killed_worker_comes_back(prepared: tuple[Path, list[str | Path]], tmp
     same_result(out, alone)
 
 
-def test_sigterm_saves_and_one_process_goes_on(prepared: tuple[Path, list[str | Path]], tmp_path: Path) -> None:
+def test_sigterm_saves_a_sharded_run_and_one_process_goes_on(
+    prepared: tuple[Path, list[str | Path]], tmp_path: Path
+) -> None:
     alone, command = prepared
     out = tmp_path / "run"
-    with torchrun(2, *command, "--out", out) as started:
-        wait_for(lambda: reached(out / "pretrain" / "metrics.jsonl", 3), started)
+    with torchrun(2, *command, "--shard", "--out", out) as started:
+        wait_for(lambda: reached(out / "finetune" / "metrics.jsonl", 3), started)
         started.send_signal(signal.SIGTERM)
         output = started.communicate(timeout=150)[0]
-    assert "已保存" in output and not (out / "pretrain" / "done.json").exists()
+    assert "已保存" in output and not (out / "finetune" / "done.json").exists()
+    assert any((out / "finetune").glob("state-*/state.json"))
+    fails(*command, "--shard", "--out", out, words=("--shard", "torchrun"))
     done = miniglm(*command, "--out", out, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     same_result(out, alone)

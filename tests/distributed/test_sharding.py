@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from small_runs import losses, model, near, run, same_run, stage, stopped
 from together import together
 
+from miniglm.distributed import launch
 from miniglm.distributed.sharded_state import load_sharded
 from miniglm.distributed.sharding import shard
+from miniglm.distributed.team import lost
 from miniglm.errors import MiniGLMError
 from miniglm.model import GLM
 from miniglm.optimizer import local
-from miniglm.training import Stage
+from miniglm.training import Progress, Stage
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +53,6 @@ def test_a_sharded_model_trains_as_a_whole_one(tmp_path: Path, muon: bool, size:
 def test_a_sharded_state_goes_on_on_one_process_and_back(tmp_path: Path, alone: Path) -> None:
     together(2, sharded, tmp_path, stage(), True)
     assert len(losses(tmp_path)) == 6 and "state-00000006" in states(tmp_path)
-    for path in tmp_path.glob("weights*"):
-        path.unlink()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
         patch.setattr(GLM, "loss", _killed_at(9))
         run(tmp_path, stage(evaluate_every=8))
@@ -90,3 +91,35 @@ def test_a_damaged_sharded_state_is_told_and_the_one_before_is_used(tmp_path: Pa
     (tmp_path / "state-00000008" / "state.json").write_text("{")
     with pytest.raises(MiniGLMError, match=r"state\.json"):
         load_sharded(tmp_path / "state.safetensors", said.append)
+
+
+def left(folder: Path) -> None:
+    def leave(progress: Progress) -> None:
+        if progress.step == 3 and launch.rank() == 1:
+            os._exit(0)
+
+    made = shard(model(), torch.device("cpu"))
+    with pytest.raises((RuntimeError, MiniGLMError)) as caught:
+        run(folder, stage(), made=made, on_progress=leave)
+    assert "失去联系" in str(caught.value if isinstance(caught.value, MiniGLMError) else lost(caught.value))
+    os._exit(0)  # without saying goodbye to who is gone
+
+
+def test_a_process_that_goes_in_the_midst_is_missed(tmp_path: Path) -> None:
+    together(2, left, tmp_path)
+    assert len(losses(tmp_path)) == 3
+
+
+def crowded(folder: Path) -> None:
+    made = shard(model(), torch.device("cpu"))
+    if launch.rank() == 1:
+        made.loss = lambda *arguments, **named: [].append(torch.empty(2**60))  # type: ignore[method-assign]
+    with pytest.raises((RuntimeError, MiniGLMError)) as caught:
+        run(folder, stage(), made=made)
+    if launch.rank() == 1:
+        assert "micro_rows" in str(caught.value)
+    os._exit(0)
+
+
+def test_a_sharded_run_without_memory_says_what_to_change(tmp_path: Path) -> None:
+    together(2, crowded, tmp_path)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, empty
 from miniglm.distributed.engine import DataParallel, State
 from miniglm.distributed.sharded_state import save_sharded
 from miniglm.distributed.team import connected
+from miniglm.errors import MiniGLMError
 from miniglm.model import GLM
 from miniglm.optimizer import local
 
@@ -64,7 +65,10 @@ class FullySharded(DataParallel):
 
     def sum_up(self, loss: float, targets: int, failed: bool) -> float | None:
         if failed:  # the others wait for what this process would gather in the midst of the model
-            raise MemoryError("out of memory")
+            raise MiniGLMError(
+                f"进程 {self.rank} 内存不够；--shard 时各进程等着彼此的权重，不能自动减半",
+                fix="把配方里的 micro_rows 改小，或用更多的进程",
+            )
         summed = torch.tensor([loss, targets], dtype=torch.float64)
         with connected():
             dist.all_reduce(summed)

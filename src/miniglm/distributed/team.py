@@ -100,11 +100,22 @@ def connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo raises no other
-        reason = str(error).strip().split("\n")[0][:200]
-        raise MiniGLMError(
-            f"与一起训练的其他进程失去联系（{reason}）",
-            fix="看看它们的输出；用 torchrun --max-restarts 时会自动从上次保存的状态重来，否则再运行同一条命令",
-        ) from None
+        raise _out_of_touch(error) from None
+
+
+def lost(error: BaseException) -> MiniGLMError | None:
+    """What to tell the user of an error from within torch's own exchanges (FSDP's, in the midst of the model), if it
+    says that another process is gone."""
+    ours = isinstance(error, (dist.DistError, dist.DistBackendError)) or "gloo/transport" in str(error)  # type: ignore[attr-defined]
+    return _out_of_touch(error) if launch.size() > 1 and ours else None
+
+
+def _out_of_touch(error: BaseException) -> MiniGLMError:
+    reason = str(error).strip().split("\n")[0][:200]
+    return MiniGLMError(
+        f"与一起训练的其他进程失去联系（{reason}）",
+        fix="看看它们的输出；用 torchrun --max-restarts 时会自动从上次保存的状态重来，否则再运行同一条命令",
+    )
 
 
 def tell(value: Any) -> Any:
