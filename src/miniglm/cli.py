@@ -476,7 +476,7 @@ def _serve_demo(run: Path, device: str | None) -> None:
     if server.missing():
         say('页面要装扩展 serve：pip install -e ".[serve]"')
         if sys.stdin.isatty():
-            chat(run, device=device)
+            app(["chat", str(run), *(["--device", device] if device else [])], standalone_mode=False)
         return
     port = server.PORT if server.port_free("127.0.0.1", server.PORT) else 0
     server.run(run, port=port, open_browser=True, device=device)

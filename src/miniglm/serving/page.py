@@ -206,7 +206,7 @@ def _sources(options: object) -> list[Source]:
 def opened(book: BookService, place: object) -> str | None:
     """The paragraphs around a source, for a `gr.Markdown`, what the source quotes marked; None where there are none."""
     try:
-        title, number, start, end = json.loads(place) if isinstance(place, str) else ()
+        title, number, start, end = json.loads(str(place))
         heading, around = book.around(str(title), int(number))
     except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return None
