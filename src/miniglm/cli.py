@@ -17,7 +17,7 @@ from miniglm.distributed import launch
 from miniglm.errors import MiniGLMError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from miniglm.generation import SamplingSettings
     from miniglm.lookup import Answerer
@@ -440,25 +440,17 @@ def chat(
     device: Device = None,
 ) -> None:
     """在终端里问答。有索引就到书里查，带出处；没有，或加 --closed-book，就和模型聊天，这时采样的选项和 --turns 才有用。"""
-    from miniglm.chat import terminal_chat
+    from miniglm.chat import terminal_chat, terminal_lookup
+    from miniglm.pipeline import answerer_of
 
-    if not closed_book and _chat_with_book(run, lambda: _say_unused(context)):
+    answerer = None if closed_book else answerer_of(run)
+    if answerer is not None:
+        _say_unused(context)
+        terminal_lookup(answerer)
         return
     model, tokenizer = _load(run, device)
     settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     terminal_chat(model, tokenizer, settings, remember=turns)
-
-
-def _chat_with_book(run: Path, before: Callable[[], None] = lambda: None) -> bool:
-    """Answers from the book in the terminal until the user leaves; False where the run has no index."""
-    from miniglm.chat import terminal_lookup
-    from miniglm.pipeline import answerer_of
-
-    answerer = answerer_of(run)
-    if answerer is not None:
-        before()
-        terminal_lookup(answerer)
-    return answerer is not None
 
 
 @app.command()
@@ -509,12 +501,8 @@ def _serve_demo(run: Path, device: str | None) -> None:
 
     if server.missing():
         say('页面要装扩展 serve：pip install -e ".[serve]"')
-        if sys.stdin.isatty() and not _chat_with_book(run):
-            from miniglm.chat import terminal_chat
-            from miniglm.generation import SamplingSettings
-
-            model, tokenizer = _load(run, device)
-            terminal_chat(model, tokenizer, SamplingSettings(stop_ids=tokenizer.stop_ids))
+        if sys.stdin.isatty():
+            app(["chat", str(run), *(["--device", device] if device else [])], standalone_mode=False)
         return
     port = server.PORT if server.port_free("127.0.0.1", server.PORT) else 0
     server.run(run, port=port, open_browser=True, device=device)

@@ -518,8 +518,8 @@ async def _events(
     head = form.head | ({"object": f"{object}.chunk"} if object == "chat.completion" else {})
     no_usage: dict[str, Any] = {"usage": None} if include_usage else {}
 
-    def chunk(choice: dict[str, Any], beside: Mapping[str, Any] | None = None) -> bytes:
-        return b"data: " + to_json(head | {"choices": [choice]} | no_usage | dict(beside or {})) + b"\n\n"
+    def chunk(choice: dict[str, Any], **beside: Any) -> bytes:
+        return b"data: " + to_json(head | {"choices": [choice]} | no_usage | beside) + b"\n\n"
 
     try:
         for index in range(len(answers)):
@@ -531,7 +531,7 @@ async def _events(
                 reason = answers[index].finish_reason
                 if reason not in ("stop", "length"):
                     raise deadline.error()
-                yield chunk(form.last(index, reason), form.beside)
+                yield chunk(form.last(index, reason), **form.beside)
             else:
                 if waiting:
                     first_text()
