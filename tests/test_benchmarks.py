@@ -70,3 +70,25 @@ def test_rounds_are_paired_and_kept(tmp_path: Path, capsys: pytest.CaptureFixtur
     kept = json.loads((tmp_path / "out.json").read_text("utf-8"))
     assert kept["rows"] == [{"": "one", "speed": 12.5}] and kept["more"] == 1 and kept["machine"]["threads"] >= 1
     assert "12.5" in capsys.readouterr().out
+
+
+def test_made_up_text_is_of_its_size_and_no_document_comes_twice(tmp_path: Path) -> None:
+    from large_corpus import make_text
+
+    (tmp_path / "书.txt").write_text(
+        "第一回 起\n" + "\n".join(TEXT[i : i + 90] + "。" for i in range(0, 900, 90)), "utf-8"
+    )
+    (tmp_path / "made").mkdir()
+    make_text(tmp_path / "made", 50_000, str(tmp_path / "书.txt"))
+    made = (tmp_path / "made" / "00000.jsonl").read_text("utf-8").splitlines()
+    assert 50_000 <= sum(len(line.encode()) + 1 for line in made) < 70_000
+    assert len(set(made)) == len(made) > 3
+
+
+def test_two_processes_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    from scaling import measure
+
+    found = measure(argparse.Namespace(width=64, layers=2, rows=2, steps=5), 2, 1, False)
+    assert found["processes"] == 2 and 0 < found["exchange_share"] < 1 and found["tokens_per_second"] > 0

@@ -75,6 +75,10 @@ def test_the_demo_ends_with_a_report_of_every_split_and_the_baseline(finished: P
     assert not (finished / "report" / evaluation.JOURNAL).exists()
 
 
+def test_a_short_run_asks_fewer_questions() -> None:
+    assert [pipeline.question_limit(m) for m in (0, 1, 5, 9.5, 10, 60)] == [200, 200, 300, 570, None, None]
+
+
 def test_a_second_report_keeps_the_first(run: Path) -> None:
     assert miniglm("evaluate", run, "--limit", "3").returncode == 0
     first = (run / "report" / "report.json").read_bytes()

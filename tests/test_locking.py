@@ -100,5 +100,5 @@ def test_a_run_at_work_can_be_evaluated_and_only_once_at_a_time(finished: Path, 
     finally:
         evaluates.kill()
         evaluates.communicate()
-    RunFolder(run).create_or_open()
+    RunFolder(run).open_to_evaluate()
     assert not half.exists()

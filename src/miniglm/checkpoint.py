@@ -58,6 +58,7 @@ def save_model(
     model: GLM,
     tokenizer: Tokenizer,
     *,
+    weights: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     max_shard: int = MAX_SHARD,
 ) -> None:
@@ -65,13 +66,15 @@ def save_model(
     whole.
 
     Args:
+        weights: the model's, where it does not hold them itself.
         dtype: of the weights in the files.
         max_shard: bytes that one of them may have.
 
     Raises:
         MiniGLMError: a weight is not finite (nothing is written then), or the folder cannot be written to.
     """
-    if not all_finite(model.parameters()):
+    weights = model.state_dict() if weights is None else weights
+    if not all_finite(weights.values()):
         raise MiniGLMError(
             "模型的权重里有 NaN 或无穷大，不保存", path=folder, fix="把学习率减半，换一个 --out 重新训练"
         )
@@ -92,7 +95,7 @@ def save_model(
         write_whole(folder / name, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     tensors = {
         name: tensor.detach()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in weights.items()
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
     save_weights(folder, tensors, dtype, max_shard)
@@ -471,6 +474,8 @@ class RunFolder:
         """
         _check_format(self.path / "run.json")
         self.lock = hold(self.path, REPORT, what="运行的评测报告", fix="等它结束再评测")
+        with contextlib.suppress(OSError):
+            clean_temporaries(self.path / "report")
 
 
 def _check_format(mark: Path) -> None:

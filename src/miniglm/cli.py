@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from miniglm import __version__
+from miniglm.distributed import launch
 from miniglm.errors import MiniGLMError
 
 if TYPE_CHECKING:
@@ -46,11 +47,16 @@ RecipeFile = Annotated[
 ]
 Minutes = Annotated[float | None, typer.Option("--minutes", help="总共训练多少分钟；模型大小和步数由此推出")]
 BookOption = Annotated[list[str] | None, typer.Option("--book", help="书：文件、目录、网址或书名，可给多次")]
+TextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="大语料：txt、jsonl、parquet 文件、目录，或 hf:数据集；可给多次"),
+]
 QAOption = Annotated[list[str] | None, typer.Option("--qa", help="问答文件（jsonl、json、csv），可给多次")]
 Device = Annotated[str | None, typer.Option("--device", help="auto、cpu、cuda 或 mps")]
 Encoding = Annotated[str | None, typer.Option("--encoding", help="书的文字编码，如 gb18030；不给就自动识别")]
 Simplify = Annotated[bool | None, typer.Option("--simplify/--no-simplify", help="繁体转成简体")]
 AllowBad = Annotated[bool, typer.Option("--allow-bad-lines", help="问答里用不了的行超过 1% 也继续")]
+Shard = Annotated[bool, typer.Option("--shard", help="几个进程一起训练时，每个只放模型的一份（FSDP2）")]
 RunArgument = Annotated[Path, typer.Argument(help="运行目录或模型目录", metavar="RUN")]
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="每次最多生成多少个 token")]
 Temperature = Annotated[float, typer.Option(help="温度；0 是每步取最可能的")]
@@ -72,6 +78,8 @@ def _open(
     allow_bad: bool = False,
     offline: bool = False,
     tokenizer: str | None = None,
+    text: list[str] | None = None,
+    shard: bool = False,
 ) -> Run:
     from miniglm.pipeline import Run, open_offline
     from miniglm.recipe import load_recipe
@@ -86,6 +94,7 @@ def _open(
         "qa.allow_bad_lines": allow_bad or None,
         "tokenizer.kind": tokenizer,
         "corpus.books": book or None,
+        "corpus.texts": text or None,
         "qa.train": qa or None,
     }
     if qa:
@@ -97,8 +106,13 @@ def _open(
     overrides = {key: value for key, value in overrides.items() if value is not None}
     saved = out / "recipe.toml"
     base = recipe or (saved if saved.exists() else None)
+    if launch.size() > 1:
+        from miniglm.distributed.team import join, on_first
+
+        join()
+        return Run(out, on_first(lambda: load_recipe(base, overrides)), shard=shard)
     loaded = load_recipe(base, overrides)
-    return open_offline(out, loaded) if offline else Run(out, loaded)
+    return open_offline(out, loaded) if offline else Run(out, loaded, shard=shard)
 
 
 @app.command()
@@ -110,21 +124,29 @@ def prepare(
     encoding: Encoding = None,
     simplify: Simplify = None,
     allow_bad_lines: AllowBad = False,
+    text: TextOption = None,
 ) -> None:
     """取书、清洗、分出验证部分，读问答。"""
     from miniglm import pipeline
 
-    pipeline.prepare(_open(out, recipe, None, book, qa, None, encoding, simplify, allow_bad_lines))
+    pipeline.prepare(_open(out, recipe, None, book, qa, None, encoding, simplify, allow_bad_lines, text=text))
 
 
 @app.command()
 def tokenize(
-    out: Out = Path("runs/default"), recipe: RecipeFile = None, book: BookOption = None, qa: QAOption = None
+    out: Out = Path("runs/default"),
+    recipe: RecipeFile = None,
+    book: BookOption = None,
+    qa: QAOption = None,
+    text: TextOption = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="几个进程一起给大语料分词；不给就每个核一个")
+    ] = None,
 ) -> None:
     """训练分词器，把文字变成 token。"""
     from miniglm import pipeline
 
-    pipeline.tokenize(_open(out, recipe, None, book, qa))
+    pipeline.tokenize(_open(out, recipe, None, book, qa, text=text), processes)
 
 
 @app.command()
@@ -135,11 +157,13 @@ def pretrain(
     book: BookOption = None,
     qa: QAOption = None,
     device: Device = None,
+    text: TextOption = None,
+    shard: Shard = False,
 ) -> None:
     """预训练：让模型学会书里的文字。没做的前几步会先做。"""
     from miniglm import pipeline
 
-    pipeline.pretrain(_open(out, recipe, minutes, book, qa, device))
+    pipeline.pretrain(_open(out, recipe, minutes, book, qa, device, text=text, shard=shard))
 
 
 @app.command()
@@ -159,6 +183,7 @@ def finetune(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="反向时重算每一层，省内存，慢三分之一")
     ] = False,
+    shard: Shard = False,
 ) -> None:
     """微调：让模型学会回答问题。没做的前几步会先做。"""
     from miniglm.interop.adapt import Start, finetune_from, read_start
@@ -171,7 +196,8 @@ def finetune(
         from miniglm.interop.hub import find_model_to_start_from
 
         start = Start(str(find_model_to_start_from(init)), lora, dtype, checkpointing)
-    run = _open(out, recipe, minutes, book, qa, device, tokenizer=None if start is None else start.folder)
+    own = None if start is None else start.folder
+    run = _open(out, recipe, minutes, book, qa, device, tokenizer=own, shard=shard)
     if start is not None:
         finetune_from(run, start)
         return
@@ -1004,11 +1030,19 @@ def corpus_inspect(
     Console().print(table)
 
 
+TOGETHER = ("pretrain", "finetune")
+"""The verbs that several processes do together."""
+
+
 @app.callback(invoke_without_command=True)
-def _version(version: Annotated[bool, typer.Option("--version", help="版本")] = False) -> None:
+def _version(context: typer.Context, version: Annotated[bool, typer.Option("--version", help="版本")] = False) -> None:
     if version:
         print(f"miniglm {__version__}")
         raise typer.Exit
+    if launch.size() > 1 and context.invoked_subcommand not in TOGETHER:
+        raise MiniGLMError(
+            f"torchrun 只用于 {'、'.join(TOGETHER)}，不能用于 {context.invoked_subcommand}", fix="这一步直接用 miniglm"
+        )
 
 
 def main() -> None:
@@ -1039,20 +1073,36 @@ def main() -> None:
     sys.exit(128 + stopped)
 
 
+def _fail(error: MiniGLMError) -> None:
+    if launch.size() == 1:
+        print(f"错误：{error}", file=sys.stderr)
+    else:
+        from miniglm.distributed.team import is_first_to_fail
+
+        if is_first_to_fail():  # the others fail because of it, or as it does
+            print(f"错误（进程 {launch.rank()}）：{error}", file=sys.stderr)
+    sys.exit(1)
+
+
 def _run() -> None:
     try:
         app()
     except MiniGLMError as error:
-        print(f"错误：{error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error)
     except BrokenPipeError:  # the reader of our output has gone (miniglm … | head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
         # Not imported above: only the training verbs load torch.
         if type(error).__name__ != "Interrupted":
+            if launch.size() > 1:
+                from miniglm.distributed.team import lost
+
+                if gone := lost(error):
+                    _fail(gone)
             raise
-        print("已保存，再运行同一条命令就会接着做。", file=sys.stderr)
+        if launch.is_first():
+            print("已保存，再运行同一条命令就会接着做。", file=sys.stderr)
         sys.exit(128 + getattr(error, "signal", signal.SIGINT))
 
 

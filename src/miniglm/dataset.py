@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class Batch:
     @property
     def targets(self) -> int:
         return int((self.labels != IGNORE).sum())
+
+    def without_targets(self) -> Batch:
+        """The same batch with nothing to learn in it."""
+        return replace(self, labels=torch.full_like(self.labels, IGNORE), rows=[])
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -89,6 +93,27 @@ def read_tokens(path: Path) -> NDArray[Any]:
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
         raise MiniGLMError(f"不是 token 文件（{tokens.dtype}，{tokens.ndim} 维）", path=path, fix="删去 tokens/ 再运行")
     return tokens
+
+
+class TokenShards:
+    """Token arrays one after another as if they were one, each memory-mapped: its length and slices of it."""
+
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+        self.parts = list(parts)
+        self.starts = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, part: slice) -> NDArray[Any]:
+        start, stop, _ = part.indices(len(self))
+        found = []
+        number = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            end = min(stop, int(self.starts[number + 1]))
+            found.append(self.parts[number][start - self.starts[number] : end - self.starts[number]])
+            start, number = end, number + 1
+        return found[0] if len(found) == 1 else np.concatenate([*found, np.empty(0, np.uint16)])
 
 
 class Pairs:
@@ -142,7 +167,7 @@ class TextRows:
     """Rows of running text: a prefix that is never a target, then a window. Every epoch cuts the corpus anew, at
     another offset, and reads the windows in another order; within an epoch no token is a target twice."""
 
-    def __init__(self, tokens: NDArray[Any], context: int, prefix: Sequence[int], seed: int) -> None:
+    def __init__(self, tokens: NDArray[Any] | TokenShards, context: int, prefix: Sequence[int], seed: int) -> None:
         self.tokens, self.context, self.seed = tokens, context, seed
         self.prefix = np.asarray(prefix, dtype=np.int64)
         self.stride = context - len(prefix) + 1
@@ -291,6 +316,7 @@ class Batches:
         if text is None and pairs is None:
             raise ValueError("neither text nor pairs")
         self.text, self.pairs, self.rows = text, pairs, rows
+        self.context = pairs.context if text is None and pairs is not None else text.context  # type: ignore[union-attr]
         if pairs is None:
             self.text_rows = rows
         elif text is None:
@@ -298,12 +324,19 @@ class Batches:
         else:  # at least one row of each, if there is room
             self.text_rows = min(max(round(rows * text_share), 1), rows - 1) if rows > 1 else 0
 
+    def names(self, step: int) -> list[str]:
+        """The rows of the whole batch of `step`, as `Batch.rows` calls them."""
+        pair_rows = self.rows - self.text_rows
+        pairs = [f"pairs:{step * pair_rows + place}" for place in range(pair_rows)]
+        return pairs + [f"text:{step * self.text_rows + place}" for place in range(self.text_rows)]
+
     def batch(self, step: int, micro: int = 0, micros: int = 1) -> Batch:
-        """Part `micro` of `micros` of the batch of `step`; the parts make up the same rows whatever their number."""
+        """Part `micro` of `micros` of the batch of `step`; the parts make up the same rows whatever their number. Of
+        more parts than rows, each of those left over is a row without targets."""
         drawn: list[Row] = []
         names: list[str] = []
         pair_rows = self.rows - self.text_rows
-        for place in range(micro, self.rows, micros):
+        for place in range(micro, self.rows, micros) or range(1):
             if place < pair_rows and self.pairs is not None:
                 index = step * pair_rows + place
                 drawn.append(self.pairs.row(index))
@@ -312,7 +345,8 @@ class Batches:
                 index = step * self.text_rows + place - pair_rows
                 drawn.append(self.text.row(index))
                 names.append(f"text:{index}")
-        return collate(drawn, names, packed=self.pairs is not None)
+        found = collate(drawn, names, packed=self.pairs is not None)
+        return found if micro < self.rows else found.without_targets()
 
 
 def validation_text_batches(tokens: NDArray[Any], context: int, prefix: Sequence[int], rows: int) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -216,8 +217,12 @@ def clean_temporaries(folder: Path, but: Path | None = None) -> None:
     Args:
         but: a folder below it that is left alone.
     """
-    for path in folder.rglob(f"{TEMPORARY}*"):
-        if but is None or but not in path.parents:
+    for path in list(folder.rglob(f"{TEMPORARY}*")):
+        if but is not None and but in path.parents:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink(missing_ok=True)
 
 

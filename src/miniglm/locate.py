@@ -7,15 +7,29 @@ from pathlib import Path
 
 import torch
 
+from miniglm.distributed import launch
 from miniglm.errors import MiniGLMError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU.
+    """`auto` takes CUDA, then Apple's MPS, then the CPU. Processes that train together have a GPU each.
 
     Raises:
-        MiniGLMError: a device that this machine or this build of torch does not have.
+        MiniGLMError: a device that this machine or this build of torch does not have, or too few for the processes.
     """
+    found = _named(name)
+    if found.type != "cpu" and launch.size() > 1:
+        have = torch.cuda.device_count() if found.type == "cuda" else 0
+        if launch.local_rank() >= have:
+            raise MiniGLMError(
+                f"这台机器上的进程 {launch.local_rank()} 没有自己的 GPU（能用的有 {have} 块）",
+                fix="把 torchrun 的 --nproc-per-node 减到 GPU 的块数，或加 --device cpu",
+            )
+        return torch.device("cuda", launch.local_rank())
+    return found
+
+
+def _named(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

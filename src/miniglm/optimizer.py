@@ -27,6 +27,22 @@ GRAM_ASPECT = 1.5
 """From this ratio of the sides on, iterating on X·Xᵀ alone costs less than iterating on X."""
 
 
+Spread = Callable[[list[Tensor], int, Callable[[Tensor], Tensor]], list[Tensor]]
+"""Takes what this process has of each matrix, the rows of a whole one, and what is to be done with (batch, rows,
+columns) of whole ones; gives what this process has of each result."""
+
+
+def at_once(own: list[Tensor], rows: int, compute: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """The `Spread` of a single process: all matrices in one call."""
+    return list(compute(torch.stack(own)).unbind())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that is shared out (a DTensor): the same memory. Of any other: all of it."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
 def orthogonalize(matrices: Tensor, coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS) -> Tensor:
     """U·Vᵀ of each matrix U·S·Vᵀ, nearly: each singular value s becomes the composed polynomials of s / n, where n is
     the fourth root of the sum of all s⁴: never below the largest s, and nearer to it than the Frobenius norm that
@@ -70,6 +86,7 @@ class Muon(Optimizer):
         lr: of an update whose root mean square matches AdamW's 0.2 (Liu et al. 2025, arXiv:2502.16982, section 2.2).
         dtype: the arithmetic of `orthogonalize`.
         coefficients: its polynomials.
+        spread: who orthogonalizes which matrix where several processes train together.
     """
 
     def __init__(
@@ -81,9 +98,14 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
         coefficients: Sequence[tuple[float, float, float]] = POLAR_EXPRESS,
+        spread: Spread = at_once,
     ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype, self.coefficients = dtype, tuple(coefficients)
+        self.spread = spread
+
+    def _orthogonalized(self, matrices: Tensor) -> Tensor:
+        return orthogonalize(matrices.to(self.dtype), self.coefficients).to(matrices.dtype)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -96,17 +118,18 @@ class Muon(Optimizer):
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for (rows, columns), parameters in shapes.items():
-                gradients = [p.grad for p in parameters if p.grad is not None]
+                gradients = [local(p.grad) for p in parameters if p.grad is not None]
                 for p in parameters:
                     if not self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+                buffers = [local(self.state[p]["momentum_buffer"]) for p in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                ahead = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-                updates = orthogonalize(ahead.to(self.dtype), self.coefficients).to(ahead.dtype)
-                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
+                updates = self.spread(list(ahead), rows, self._orthogonalized)
+                weights = [local(p) for p in parameters]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 step = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]
-                torch._foreach_add_(parameters, list(updates.unbind()), alpha=-step)
+                torch._foreach_add_(weights, updates, alpha=-step)
 
 
 def build_optimizers(
@@ -118,6 +141,7 @@ def build_optimizers(
     weight_decay: float,
     betas: tuple[float, float],
     matrix_dtype: torch.dtype = torch.float32,
+    spread: Spread = at_once,
 ) -> list[Optimizer]:
     """The optimizers of a stage. Every group keeps its peak rate under `peak_lr`, for `set_learning_rate`.
 
@@ -127,6 +151,7 @@ def build_optimizers(
             (Liu et al. 2025, arXiv:2502.16982, section 2.2), so both rates are of one scale.
         adam_lr: AdamW's peak rate.
         matrix_dtype: Muon's arithmetic.
+        spread: who does it, see `Muon`.
     """
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
@@ -144,7 +169,7 @@ def build_optimizers(
     ]
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=adam_lr, betas=betas, eps=1e-10, fused=True)]
     if matrices:
-        optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, dtype=matrix_dtype))
+        optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, dtype=matrix_dtype, spread=spread))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

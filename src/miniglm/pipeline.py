@@ -9,16 +9,17 @@ from __future__ import annotations
 import sys
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from miniglm.checkpoint import RunFolder, load_model, save_model
-from miniglm.corpus import Paragraph, load_books, read_paragraphs, split, write_corpus
+from miniglm.corpus import Paragraph, large, load_books, read_paragraphs, split, write_corpus
 from miniglm.dataset import (
     Batches,
     PairRows,
@@ -30,6 +31,9 @@ from miniglm.dataset import (
     write_pairs,
     write_tokens,
 )
+from miniglm.distributed import launch
+from miniglm.distributed.engine import sharded_if, whole_weights
+from miniglm.distributed.team import on_first, share, tell, total
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.evaluate import FORMAT as REPORT_FORMAT
 from miniglm.evaluation.evaluate import Part, Settings, Subject, Text
@@ -37,6 +41,7 @@ from miniglm.evaluation.evaluate import evaluate as write_report
 from miniglm.evaluation.measure import bits_per_character
 from miniglm.evaluation.pictures import draw_losses
 from miniglm.files import check_digests, file_digests, keep_dated, read_json, write_json, write_whole
+from miniglm.large_tokens import tokenize_shards, training_tokens
 from miniglm.locate import find_model as find_model
 from miniglm.locate import pick_device as pick_device
 from miniglm.lookup import Answerer, has_index
@@ -48,7 +53,7 @@ from miniglm.qa.offline import offline_sets, write_offline_sets
 from miniglm.qa.questions import normalize_question
 from miniglm.qa.spread import spread
 from miniglm.recipe import Recipe, load_recipe
-from miniglm.tokenizer import Tokenizer, resolve_tokenizer, train_tokenizer
+from miniglm.tokenizer import MAX_TRAINING_CHARACTERS, Tokenizer, resolve_tokenizer, train_tokenizer
 from miniglm.training import Interrupted, TrainResult, train
 from miniglm.ui import count_bar, download_bar, duration, say, stage_curves, training_bar
 
@@ -76,34 +81,60 @@ WHOLE = {"prepare": ("corpus", "qa"), "tokenize": ("tokens",)}
 
 
 class Run:
-    """A run folder with its recipe.
+    """A run folder with its recipe. Of processes that train together the first one holds it; all must see it.
 
     Args:
         path: the folder; made if it is not there.
         recipe: None takes the folder's own, or the default for a new one.
         evaluating: open a run that is there to read it and write its report; another process may work on the rest.
+        shard: training processes hold a share of the model each.
 
     Raises:
         MiniGLMError: not a run folder, made by another version, or the recipe changes what is already on disk.
     """
 
-    def __init__(self, path: Path, recipe: Recipe | None = None, *, evaluating: bool = False) -> None:
+    def __init__(
+        self, path: Path, recipe: Recipe | None = None, *, evaluating: bool = False, shard: bool = False
+    ) -> None:
         self.folder = RunFolder(path)
-        self.path = path
+        self.path, self.shard = path, shard
+        opened = on_first(lambda: self._open(recipe, evaluating))
+        self.recipe = opened or self._read()
+        self.device = pick_device(self.recipe.run.device)
         self.told: set[str] = set()
-        saved = path / "recipe.toml"
+
+    def _open(self, recipe: Recipe | None, evaluating: bool) -> Recipe:
         if evaluating:
             self.folder.open_to_evaluate()
         else:
             self.folder.create_or_open()
+        saved = self.path / "recipe.toml"
         if recipe is None:
             recipe = load_recipe(saved if saved.exists() else None, {})
         elif saved.exists():
             _refuse_changes(saved, load_recipe(saved, {}), recipe)
-        self.recipe = recipe
         if not evaluating:
             write_whole(saved, recipe.to_toml())
-        self.device = pick_device(recipe.run.device)
+        return recipe
+
+    def _read(self) -> Recipe:
+        """What the first process has opened.
+
+        Raises:
+            MiniGLMError: it is not to be seen from here.
+        """
+        saved = self.path / "recipe.toml"
+        if not saved.exists():
+            raise MiniGLMError(
+                f"进程 {launch.rank()} 看不到第一个进程打开的运行目录",
+                path=self.path.resolve(),
+                fix="多台机器一起训练时，--out 要在共享的文件系统上，各台机器上路径相同",
+            )
+        return load_recipe(saved, {})
+
+    def done(self, *names: str) -> bool:
+        """Whether all these files are there, as the first process finds."""
+        return bool(tell(all((self.path / name).exists() for name in names)))
 
     def skip(self, stage: str) -> None:
         """Says once that a stage is done already, unless this very process did it.
@@ -168,6 +199,7 @@ def prepare(run: Run) -> None:
     corpus, qa = run.path / "corpus", run.path / "qa"
     if (corpus / "summary.json").exists() and (qa / "summary.json").exists():
         run.skip("prepare")
+        _write_texts(run)
         return
     begun = time.monotonic()
     given = run.recipe.corpus
@@ -206,6 +238,21 @@ def prepare(run: Run) -> None:
         f"训练 {len(parts.train):,} 段、验证 {len(parts.validation):,} 段（{parts.duplicates_moved} 段因与训练部分重复移回训练）；"
         f"问答 训练 {len(sets['train']):,} 条、验证 {len(sets['validation']):,} 条、没教过的 {len(sets['unseen']):,} 条"
     )
+    _write_texts(run)
+
+
+def _write_texts(run: Run) -> None:
+    """The recipe's further text, in shards: RUN/texts."""
+    given = run.recipe.corpus
+    if not given.texts or (run.path / "texts" / large.SUMMARY).exists():
+        return
+    begun = time.monotonic()
+    with download_bar("读入大语料") as progress:
+        shards = large.write_shards(given.texts, run.path / "texts", simplify=bool(given.simplify), progress=progress)
+    characters, documents = (sum(shard[key] for shard in shards) for key in ("characters", "documents"))
+    if not characters:
+        raise MiniGLMError("corpus.texts 里没有文字", path=run.path / "recipe.toml", fix="换别的来源")
+    say(f"大语料 {documents:,} 篇、{characters:,} 字，分成 {len(shards)} 份，用时 {duration(time.monotonic() - begun)}")
 
 
 def open_offline(path: Path, recipe: Recipe) -> Run:
@@ -265,8 +312,12 @@ def encode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> NDArray[Any]:
     return np.frombuffer(ids, dtype=np.uint16 if ids.typecode == "H" else np.uint32)
 
 
-def tokenize(run: Run) -> None:
-    """Trains or takes the tokenizer and writes the token arrays: RUN/tokenizer and RUN/tokens."""
+def tokenize(run: Run, processes: int | None = None) -> None:
+    """Trains or takes the tokenizer and writes the token arrays: RUN/tokenizer and RUN/tokens.
+
+    Args:
+        processes: how many tokenize a large corpus at once; default: one a core.
+    """
     prepare(run)
     tokens = run.path / "tokens"
     if (tokens / "meta.json").exists():
@@ -279,6 +330,9 @@ def tokenize(run: Run) -> None:
     if given.kind == "bpe":
         qa_text = [part for e in pairs["train"] for turn in e.turns for part in (turn.question, turn.answer)]
         source = [p.text for p in text["train"]] + qa_text
+        if run.recipe.corpus.texts:
+            room = MAX_TRAINING_CHARACTERS - sum(map(len, source))
+            source += large.sample(run.path / "texts", max(room, MAX_TRAINING_CHARACTERS // 2))
         tokenizer = train_tokenizer(source, vocab_size=given.vocab_size, corpus_characters=sum(map(len, source)))
     else:
         tokenizer = resolve_tokenizer(given.kind)
@@ -304,6 +358,20 @@ def tokenize(run: Run) -> None:
         write_pairs(tokens / f"pairs_{name}.npz", encoded)
         meta[f"{name}_pairs"] = len(encoded)
         meta[f"{name}_answer_characters"] = sum(len(turn.answer) for e in pairs[name] for turn in e.turns)
+    if run.recipe.corpus.texts:
+        held_out = {p.text for p in text["validation"]}
+        with count_bar("分词", len(large.read_shards(run.path / "texts"))) as bar:
+            shards = tokenize_shards(
+                run.path / "texts",
+                tokens,
+                run.path / "tokenizer",
+                held_out=held_out,
+                processes=processes,
+                progress=bar,
+            )
+        meta["shards"] = shards
+        meta["train_tokens"] += sum(shard["tokens"] for shard in shards)
+        meta["train_characters"] += sum(shard["characters"] for shard in shards)
     names = [f"{name}.npy" for name in text] + [f"pairs_{name}.npz" for name in text]
     write_json(tokens / "meta.json", meta | {"files": file_digests(tokens, [*names, "../tokenizer/tokenizer.json"])})
     run.note_stage("tokenize", time.monotonic() - begun)
@@ -330,6 +398,10 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     Args:
         seconds: for both training stages; default: the recipe's minutes less a tenth for everything else.
     """
+    return on_first(lambda: _make_plan(run, seconds)) or _read_plan(run.path / "plan.json")
+
+
+def _make_plan(run: Run, seconds: float | None) -> Plan:
     tokenize(run)
     path = run.path / "plan.json"
     meta = token_meta(run)
@@ -346,7 +418,7 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
         vocab_size=meta["vocab_size"],
         characters=meta["train_characters"] + meta["train_answer_characters"],
         tokens=meta["train_tokens"],
-        gigaflops=known.gigaflops if known is not None else measure_gigaflops(run.device, counted),
+        gigaflops=known.gigaflops if known is not None else launch.size() * measure_gigaflops(run.device, counted),
         precision=precision,
         seconds=seconds,
         has_pairs=meta["train_pairs"] > 0,
@@ -354,8 +426,9 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     if known is not None:  # the weights on disk keep their sizes
         made = replace(made, model=known.model, context=known.context, dropout=known.dropout)
     write_json(path, made.to_json())
+    machines = "这台机器" if launch.size() == 1 else f"{launch.size()} 个进程一共"
     say(
-        f"这台机器矩阵乘法 {made.gigaflops:,.0f} GFLOP/s（{run.device.type}）；模型 {made.model.num_hidden_layers} 层、"
+        f"{machines}矩阵乘法 {made.gigaflops:,.0f} GFLOP/s（{run.device.type}）；模型 {made.model.num_hidden_layers} 层、"
         f"宽 {made.model.hidden_size}、{made.model.num_parameters / 1e6:.1f} 百万参数，上下文 {made.context}"
     )
     return made
@@ -368,9 +441,10 @@ def train_stage(
     model: GLM,
     batches: Batches,
     evaluate: Callable[[], dict[str, float]],
-    save: Callable[[Path], None],
+    save: Callable[[Path, Mapping[str, Tensor]], None],
 ) -> TrainResult:
-    """Trains a stage and notes how it went; `save` writes the best model so far to the folder it is given."""
+    """Trains a stage and notes how it went; `save` writes the best model so far, whose weights it is given, to a
+    folder, by the first process."""
     folder = run.path / name
     meta = token_meta(run)
     begun = time.monotonic()
@@ -379,7 +453,8 @@ def train_stage(
         draw_losses(stage_curves(run.path), run.path / "loss.png")
 
     def save_best(scores: dict[str, float]) -> None:
-        save(folder / "model")
+        weights = whole_weights(model)
+        on_first(lambda: save(folder / "model", weights))
 
     title = TITLES[name]
     with training_bar(title, meta["train_characters"] / meta["train_tokens"]) as bar:
@@ -394,9 +469,13 @@ def train_stage(
             on_evaluation=draw,
             warn=say,
         )
-    write_json(folder / "done.json", asdict(result))
-    draw()
-    run.note_stage(name, result.elapsed)
+
+    def note() -> None:
+        write_json(folder / "done.json", asdict(result))
+        draw()
+        run.note_stage(name, result.elapsed)
+
+    on_first(note)
     say(
         f"{title}完成：{result.steps} 步，最好的验证 {result.best['score']:.3f} 比特/字，用时 {duration(time.monotonic() - begun)}"
     )
@@ -406,13 +485,16 @@ def train_stage(
 def pretrain(run: Run, seconds: float | None = None) -> None:
     """Teaches the book's text to a new model: RUN/pretrain."""
     made = make_plan(run, seconds)
-    if (run.path / "pretrain" / "done.json").exists():
+    if run.done("pretrain/done.json"):
         run.skip("pretrain")
         return
     tokenizer = Tokenizer.load(run.path / "tokenizer")
-    model = GLM(made.model, made.dropout).initialize(run.recipe.run.seed).to(run.device)
+    model = GLM(made.model, made.dropout).initialize(run.recipe.run.seed)
+    model = sharded_if(run.shard, model, run.device)
     tokens = run.path / "tokens"
-    text = TextRows(read_tokens(tokens / "train.npy"), made.context, tokenizer.prefix, run.recipe.run.seed)
+    text = TextRows(
+        training_tokens(tokens, token_meta(run).get("shards", [])), made.context, tokenizer.prefix, run.recipe.run.seed
+    )
     batches = Batches(text, None, made.pretrain.rows, 1.0)
     train_stage(
         run,
@@ -421,7 +503,7 @@ def pretrain(run: Run, seconds: float | None = None) -> None:
         model,
         batches,
         lambda: {"score": text_bits(run, model, tokenizer, made)},
-        lambda folder: save_model(folder, model, tokenizer),
+        lambda folder, weights: save_model(folder, model, tokenizer, weights=weights),
     )
 
 
@@ -429,29 +511,29 @@ def text_bits(run: Run, model: GLM, tokenizer: Tokenizer, made: Plan) -> float:
     """Bits per character of the books' validation part."""
     tokens = read_tokens(run.path / "tokens" / "validation.npy")
     batches = validation_text_batches(tokens, made.context, tokenizer.prefix, EVALUATION_ROWS)
-    return bits_per_character(model, batches, token_meta(run)["validation_characters"])
+    return total(bits_per_character(model, share(batches), token_meta(run)["validation_characters"]))
 
 
 def answer_bits(run: Run, model: GLM, tokenizer: Tokenizer, made: Plan) -> float:
     """Bits per character of the validation questions' answers."""
     pairs = read_pairs(run.path / "tokens" / "pairs_validation.npz")
     batches = validation_pair_batches(pairs, made.context, tokenizer.end_of_text, EVALUATION_ROWS)
-    return bits_per_character(model, batches, token_meta(run)["validation_answer_characters"])
+    return total(bits_per_character(model, share(batches), token_meta(run)["validation_answer_characters"]))
 
 
 def finetune(run: Run, seconds: float | None = None) -> None:
     """Teaches questions and answers to the pretrained model: RUN/finetune, and the finished model in RUN/model."""
     pretrain(run, seconds)
-    if (run.path / "model" / "model.safetensors").exists() and (run.path / "finetune" / "done.json").exists():
+    if run.done("model/model.safetensors", "finetune/done.json"):
         run.skip("finetune")
         return
     made = make_plan(run)
     if token_meta(run)["train_pairs"] == 0:
-        model, tokenizer = load_model(run.path / "pretrain" / "model")
-        save_model(run.path / "model", model, tokenizer)
+        on_first(lambda: _copy_model(run, "pretrain"))
         say("没有问答，模型只会续写：miniglm sample")
         return
-    model, tokenizer = load_model(run.path / "pretrain" / "model", device=str(run.device))
+    model, tokenizer = load_model(run.path / "pretrain" / "model")
+    model = sharded_if(run.shard, model, run.device)
     model.dropout = made.dropout
     tokens, seed = run.path / "tokens", run.recipe.run.seed + 1
     pairs = PairRows(read_pairs(tokens / "pairs_train.npz"), made.context, seed, tokenizer.end_of_text)
@@ -467,10 +549,14 @@ def finetune(run: Run, seconds: float | None = None) -> None:
         model,
         batches,
         lambda: {"score": answer_bits(run, model, tokenizer, made)},
-        lambda folder: save_model(folder, model, tokenizer),
+        lambda folder, weights: save_model(folder, model, tokenizer, weights=weights),
     )
-    best, _ = load_model(run.path / "finetune" / "model")
-    save_model(run.path / "model", best, tokenizer)
+    on_first(lambda: _copy_model(run, "finetune"))
+
+
+def _copy_model(run: Run, stage: str) -> None:
+    """The best model of a stage becomes the run's."""
+    save_model(run.path / "model", *load_model(run.path / stage / "model"))
 
 
 def paragraphs_of(run: Run) -> list[Paragraph]:
@@ -679,11 +765,16 @@ ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 180.0
 INDEX_SHARE = 0.05
 """Share of the minutes kept for the rest of the index: its vectors, and learning to choose."""
 ALL_QUESTIONS = 10.0
-"""Minutes from which on all questions are asked in scoring; below, one of each part for every second, so that scoring
-does not take longer than training, but at least `LEAST_QUESTIONS`."""
+"""Minutes from which on scoring asks all questions."""
 LEAST_QUESTIONS = 200
 SHOWN = 5
 """Validation questions that the demo shows with their answers."""
+
+
+def question_limit(minutes: float) -> int | None:
+    """How many questions of each part the demo's scoring asks at most: in a short run one for every second, so that
+    scoring does not take longer than training; None: all."""
+    return None if minutes >= ALL_QUESTIONS else max(LEAST_QUESTIONS, round(60 * minutes))
 
 
 def demo(run: Run, begun: float) -> None:
@@ -697,8 +788,7 @@ def demo(run: Run, begun: float) -> None:
     finetune(run, seconds)
     index(run)
     if not (run.path / "report" / "report.json").exists():
-        minutes = run.recipe.run.minutes or 0
-        score(run, limit=None if minutes >= ALL_QUESTIONS else max(LEAST_QUESTIONS, round(60 * minutes)))
+        score(run, limit=question_limit(run.recipe.run.minutes or 0))
         run.note_stage("all", time.monotonic() - begun)
 
 

@@ -73,9 +73,12 @@ class RunRecipe(Section):
 
 
 class CorpusRecipe(Section):
-    """`books`: files, folders, URLs or names of the catalogue. Every `validation_every`-th paragraph is validation."""
+    """`books`: files, folders, URLs or names of the catalogue. Every `validation_every`-th paragraph is validation.
+
+    `texts`: more text to pretrain on, of any size, see corpus/large.py; it is not looked up and not measured on."""
 
     books: Annotated[list[Text], Field(min_length=1)] = [DEFAULT_BOOK]
+    texts: list[Text] = Field(default_factory=list)
     encoding: Text | None = None
     simplify: bool | None = None
     validation_every: Annotated[int, Field(ge=2)] = 10
@@ -315,6 +318,7 @@ def _anchor(data: dict[str, Any], folders: Iterable[Path]) -> None:
 
     for section, key in (
         ("corpus", "books"),
+        ("corpus", "texts"),
         *(("qa", part) for part in default_qa()),
         ("tokenizer", "kind"),
     ):

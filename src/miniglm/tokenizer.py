@@ -75,8 +75,8 @@ MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 # More text than this does not change a vocabulary of this size much, but costs the trainer about 250 bytes a character.
 MAX_TRAINING_CHARACTERS = 5_000_000
 TRAINING_PIECE = 64  # characters
-ENCODING_PIECE = 32_768  # characters
-ENCODING_BATCH = 1_000_000  # characters handed to `tokenizers` at once: it keeps about 100 bytes a token meanwhile
+ENCODING_PIECE = 8_192  # characters
+ENCODING_BATCH = 64_000  # characters handed to `tokenizers` at once: it keeps about 100 bytes a token meanwhile
 
 # Every pre-tokenizer of GPT-2's kind ends a token where a run of letters or digits meets one of these, whatever
 # stands around it. So text cut there gives the tokens of the uncut text.

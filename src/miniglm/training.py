@@ -23,16 +23,10 @@ from typing import Any
 
 import torch
 
-from miniglm.checkpoint import (
-    all_finite,
-    load_last_state,
-    optimizer_tensors,
-    restore_optimizers,
-    restore_rng,
-    rng_tensors,
-    save_state,
-)
-from miniglm.dataset import Batch, Batches
+from miniglm.checkpoint import optimizer_tensors, restore_optimizers, restore_rng, rng_tensors
+from miniglm.dataset import Batches
+from miniglm.distributed.engine import OneProcess, engine_for
+from miniglm.distributed.team import on_first
 from miniglm.errors import MiniGLMError
 from miniglm.files import append_line, write_whole
 from miniglm.guard import Guard, is_out_of_memory, memory_explained, release_memory, smaller_micro_batch
@@ -174,17 +168,21 @@ def _drop_later_metrics(path: Path, step: int) -> None:
     write_whole(path, b"".join(kept))
 
 
-def _gradients(model: GLM, batches: Batches, step: int, micros: int, precision: str) -> tuple[float, list[Batch]]:
-    """Adds up the gradients of step `step`, in `micros` parts: the loss a target, and the parts."""
-    parts = [batches.batch(step, micro, micros).to(model.device) for micro in range(micros)]
+def _gradients(
+    model: GLM, batches: Batches, step: int, micros: int, precision: str, engine: OneProcess
+) -> tuple[float, int]:
+    """Adds up the gradients of this process's rows of step `step`, in `micros` parts: their loss and their targets, as
+    `OneProcess.sum_up` wants them."""
+    parts = [batches.batch(step, *engine.part(micro, micros)).to(model.device) for micro in range(micros)]
     targets = sum(part.targets for part in parts)
+    divisor = targets if engine.size == 1 else 1  # how many there are in all, no process knows yet
     total = 0.0
     for part in parts:
         with autocast(model.device, precision):
             loss, _ = model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)
-        (loss / targets).backward()  # type: ignore[no-untyped-call]
-        total += loss.item() / targets
-    return total, parts
+        (loss / divisor).backward()  # type: ignore[no-untyped-call]
+        total += loss.item() / divisor
+    return total, targets
 
 
 def train(
@@ -199,12 +197,13 @@ def train(
     on_evaluation: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda line: None,
 ) -> TrainResult:
-    """Trains until the stage's steps or minutes are over, from where `folder` says it was.
+    """Trains until the stage's steps or minutes are over, from where `folder` says it was. Under torchrun all processes
+    call it alike; the first one writes.
 
     Args:
         evaluate: scores of the model as it is; `score` is what is minimised.
-        save_best: called when `score` is the lowest so far.
-        on_evaluation: called after each validation, with all numbers on disk (to redraw the picture).
+        save_best: called when `score` is the lowest so far, by all processes.
+        on_evaluation: called by the first process after each validation, with all numbers on disk (to redraw the picture).
         warn: told what the user should know of: a skipped step, a return to a saved state, less memory than wanted.
 
     Raises:
@@ -215,7 +214,8 @@ def train(
     if (stage.steps is None) == (stage.minutes is None):
         raise ValueError("a stage ends by steps or by minutes: give exactly one")
     keep_allocations()
-    folder.mkdir(parents=True, exist_ok=True)
+    engine = engine_for(model)
+    on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     state_path, metrics_path = folder / "state.safetensors", folder / "metrics.jsonl"
     device = model.device
     optimizers = build_optimizers(
@@ -226,8 +226,8 @@ def train(
         weight_decay=stage.weight_decay,
         betas=stage.betas,
         matrix_dtype=torch.bfloat16 if stage.precision == "bfloat16" else torch.float32,
+        spread=engine.orthogonalize,
     )
-    parameters = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(stage.seed)
     step, elapsed, tokens, evaluations, since_best = 0, 0.0, 0, 0, 0
     best: dict[str, float] = {}
@@ -251,7 +251,7 @@ def train(
         restore_optimizers(optimizers, section("optimizer::"), meta["optimizers"])
         restore_rng(section("rng::"))
 
-    last = load_last_state(state_path, warn)
+    last = engine.load(state_path, warn)
     if last is not None:
         restore(*last)
         meta = last[1]
@@ -264,7 +264,7 @@ def train(
         )
         scores = meta["scores"]
         guard = Guard(meta.get("guard"))
-    _drop_later_metrics(metrics_path, step)
+    on_first(lambda: _drop_later_metrics(metrics_path, step))
 
     def save(finished: bool = False) -> None:
         tensors, groups = optimizer_tensors(optimizers)
@@ -283,10 +283,11 @@ def train(
             "optimizers": groups,
             "guard": guard.to_json(),
         }
-        save_state(state_path, everything, meta)
+        engine.save(state_path, everything, meta)
 
     def log(row: dict[str, Any]) -> None:
-        append_line(metrics_path, json.dumps(row, ensure_ascii=False))
+        if engine.first:
+            append_line(metrics_path, json.dumps(row, ensure_ascii=False))
 
     def go_back(reason: str, row: dict[str, Any]) -> None:
         """To the weights of the last saved state. The step goes on: the rows that did the harm do not come again."""
@@ -295,7 +296,7 @@ def train(
         except MiniGLMError:
             log(row)  # the last step's numbers and rows are what the user wants to see now
             raise
-        saved = load_last_state(state_path, warn)
+        saved = engine.load(state_path, warn)
         if saved is None:  # removed meanwhile
             raise MiniGLMError("缺少这个文件，退不回去", path=state_path, fix="换一个 --out 目录重新训练")
         restore(*saved)
@@ -303,11 +304,10 @@ def train(
     def fraction() -> float:
         return step / stage.steps if stage.steps is not None else elapsed / (60.0 * (stage.minutes or 1.0))
 
-    micro_rows = min(stage.micro_rows or stage.rows, stage.rows)
-    early, last_save = False, time.monotonic()
+    micro_rows = min(stage.micro_rows or stage.rows, engine.rows(stage.rows))
+    early, last_save, save_after = False, time.monotonic(), SAVE_EVERY_SECONDS
     fresh, last = last is None, None  # its tensors would stay in memory for the whole stage
     with stop_signal() as asked_to_stop:
-        save_after = SAVE_EVERY_SECONDS
         if fresh:  # something to go back to; and a full disk shows now rather than later
             save()
             save_after = seconds_between_saves(time.monotonic() - last_save)
@@ -318,33 +318,38 @@ def train(
             factor = learning_rate_factor(fraction(), warmup=stage.warmup, decay=stage.decay, final=stage.final_lr)
             factor *= guard.rate
             set_learning_rate(optimizers, factor)
+            engine.seed(stage.seed, step)
             random = rng_tensors()
             while True:
+                loss, targets, failed = 0.0, 0, False
+                micros = math.ceil(engine.rows(stage.rows) / micro_rows)
                 try:
-                    total, parts = _gradients(model, batches, step, math.ceil(stage.rows / micro_rows), stage.precision)
-                    break
+                    loss, targets = _gradients(model, batches, step, micros, stage.precision, engine)
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
+                    failed = True
                 # Here the exception is gone, and with it the frames that held the arrays of the failed step.
-                for optimizer in optimizers:
-                    optimizer.zero_grad(set_to_none=True)
+                total = engine.sum_up(loss, targets, failed)
+                if total is not None:
+                    break
+                engine.zero()
                 release_memory(device)
                 micro_rows = smaller_micro_batch(micro_rows, model.config, device)
                 restore_rng(random)
                 warn(f"内存不够，改为每次算 {micro_rows} 行、多次累积，结果不变")
             with memory_explained(model.config, device):
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, stage.clip))
+                norm = engine.clip(stage.clip)
                 fault = guard.fault(total, norm)
                 if fault is None:
                     for optimizer in optimizers:
                         optimizer.step()
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
+            engine.zero()
             step += 1
-            tokens += sum(part.ids.numel() for part in parts)
-            seconds = time.monotonic() - started
-            elapsed += seconds
+            tokens += stage.rows * batches.context
+            stopping, elapsed, stale = engine.agree(
+                asked_to_stop(), elapsed + time.monotonic() - started, time.monotonic() - last_save > save_after
+            )
             row: dict[str, Any] = {
                 "step": step,
                 "tokens": tokens,
@@ -355,20 +360,19 @@ def train(
             }
             if fault is not None:
                 row["skipped"] = fault
-                row["skipped_rows"] = [name for part in parts for name in part.rows]
+                row["skipped_rows"] = batches.names(step - 1)
                 warn(f"第 {step} 步跳过：{fault}")
             returned = guard.must_return
             if returned:
                 go_back(f"连续 {guard.skipped} 步不能用（{fault}）", row)
             over = fraction() >= 1.0
-            stopping = asked_to_stop()
             due = (
                 step % stage.evaluate_every == 0
                 if stage.evaluate_every
                 else int(fraction() * EVALUATIONS + 1e-9) > evaluations
             )
-            saving = over or due or stopping or returned or time.monotonic() - last_save > save_after
-            if saving and not all_finite(parameters):
+            saving = over or due or bool(stopping) or returned or stale
+            if saving and not engine.finite():
                 go_back(f"第 {step} 步以后权重里有 NaN 或无穷大", row)
             if over or (due and not stopping):
                 begun = time.monotonic()
@@ -398,8 +402,11 @@ def train(
                 save_after = seconds_between_saves(last_save - begun)
             if "validation" in row:
                 begun = time.monotonic()
-                on_evaluation()
+                if engine.first:
+                    on_evaluation()
                 elapsed += time.monotonic() - begun
+            if saving:  # what took each process its own time
+                elapsed = engine.clock(elapsed)
             if stopping and not finished:
                 raise Interrupted(stopping)
     if not best:

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from miniglm.distributed import launch
+
 if TYPE_CHECKING:  # a line on the screen needs no torch
     from miniglm.training import Progress as TrainingProgress
 
-console = Console(stderr=True, highlight=False)
-"""Everything that is not a result goes to stderr, so that results can be piped."""
+console = Console(stderr=True, highlight=False, quiet=not launch.is_first())
+"""Everything that is not a result goes to stderr, so that results can be piped. Of processes that train together, one
+speaks."""
 
 
 def say(text: str) -> None:

@@ -366,10 +366,12 @@ def test_two_processes_on_one_set(tmp_path: Path) -> None:
         while len(server.answered) < 4:
             assert first.poll() is None
             time.sleep(0.01)
+        server.delay = 3600  # however long the second takes to begin, the first is at work
         fails(*arguments, words=("set.synthesis", "这个问答集正由", f"进程号 {first.pid}", "换一个 --out"))
         assert first.poll() is None
         first.kill()
         first.wait()
+        server.delay = 0
         half = [out.with_name(f".miniglm-tmp-{digest}-x") for digest in ("0" * 8, _digest_of("set.jsonl"))]
         for path in half:
             path.write_text("half")

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miniglm.checkpoint import load_model, read_config, save_model, weight_files
-from miniglm.dataset import Batches, PairRows, TextRows, read_pairs, read_tokens
+from miniglm.dataset import Batches, PairRows, TextRows, read_pairs
+from miniglm.distributed.engine import sharded_if
+from miniglm.distributed.team import on_first
 from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
 from miniglm.interop.lora import add_adapters, load_adapters, merge_adapters, save_adapters
+from miniglm.large_tokens import training_tokens
 from miniglm.pipeline import Run, answer_bits, text_bits, token_meta, tokenize, train_stage
 from miniglm.planning import Plan, lengths
 from miniglm.training import Stage
@@ -71,34 +76,27 @@ def finetune_from(run: Run, start: Start) -> None:
     Raises:
         MiniGLMError: the run began otherwise, or the model cannot be used.
     """
-    before = read_start(run.path)
-    if before is None and (run.path / "plan.json").exists():
-        raise MiniGLMError("这个运行已经有自己的模型了，不能改从别的模型开始", path=run.path, fix="换一个 --out 目录")
-    if before is not None and before != start:
-        raise MiniGLMError(
-            f"这个运行是从 {before.folder} 开始的，设置也不能改：{before}",
-            path=run.path / RECORD,
-            fix="换一个 --out 目录",
-        )
-    if start.dtype not in DTYPES:
+    folder, dtype = Path(start.folder), DTYPES.get(start.dtype)
+    if dtype is None:
         raise MiniGLMError(f"--dtype 是 {start.dtype!r}，应为 {'、'.join(DTYPES)} 之一")
-    folder, dtype = Path(start.folder), DTYPES[start.dtype]
     config = read_config(folder)
     for file in weight_files(folder):
         if not file.exists():
             raise MiniGLMError("缺少这个文件", path=file, fix="这个目录不完整，请重新下载")
-    tokenize(run)
-    write_whole(run.path / RECORD, json.dumps(asdict(start), ensure_ascii=False, indent=2) + "\n")
-    if (run.path / "model" / "config.json").exists() and (run.path / "finetune" / "done.json").exists():
+    made = on_first(lambda: _begin(run, start, config)) or _plan(run, start, config)
+    if run.done("model/config.json", "finetune/done.json"):
         run.skip("finetune")
         return
-    made = _plan(run, start, config)
     held = dtype if start.lora else torch.float32
-    model, tokenizer = load_model(folder, device=str(run.device), dtype=held)
+    if start.lora and run.shard:
+        raise MiniGLMError("--lora 和 --shard 不能一起用", fix="LoRA 每个进程都放得下整个模型，去掉 --shard")
+    model, tokenizer = load_model(folder, device="cpu" if run.shard else str(run.device), dtype=held)
     model.checkpointing = start.checkpointing
     if start.lora:
         torch.manual_seed(run.recipe.run.seed)  # the adapters begin at random
         add_adapters(model)
+    if run.shard:
+        model = sharded_if(True, model, run.device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(
         f"从 {folder} 开始：{config.num_parameters / 1e6:,.1f} 百万参数，训练其中 {trained / 1e6:,.2f} 百万，上下文 {made.context}"
@@ -109,20 +107,40 @@ def finetune_from(run: Run, start: Start) -> None:
         bits = answer_bits if has_pairs else text_bits
         return {"score": bits(run, model, tokenizer, made)}
 
-    def save(place: Path) -> None:
+    def save(place: Path, weights: Mapping[str, Tensor]) -> None:
         if start.lora:
             save_adapters(place.with_name("adapters.safetensors"), model)
         else:
-            save_model(place, model, tokenizer, dtype=dtype)
+            save_model(place, model, tokenizer, weights=weights, dtype=dtype)
 
     with _arithmetic(run.device, start):
         train_stage(run, made, "finetune", model, _batches(run, made, tokenizer), evaluate, save)
-    if start.lora:
-        load_adapters(run.path / "finetune" / "adapters.safetensors", model)
-        merge_adapters(model)
-    else:
-        model, tokenizer = load_model(run.path / "finetune" / "model", device=str(run.device))
-    save_model(run.path / "model", model, tokenizer, dtype=dtype)
+
+    def finish() -> None:
+        if start.lora:
+            load_adapters(run.path / "finetune" / "adapters.safetensors", model)
+            merge_adapters(model)
+            save_model(run.path / "model", model, tokenizer, dtype=dtype)
+        else:
+            save_model(run.path / "model", *load_model(run.path / "finetune" / "model"), dtype=dtype)
+
+    on_first(finish)
+
+
+def _begin(run: Run, start: Start, config: Any) -> Plan:
+    """What comes before the training."""
+    before = read_start(run.path)
+    if before is None and (run.path / "plan.json").exists():
+        raise MiniGLMError("这个运行已经有自己的模型了，不能改从别的模型开始", path=run.path, fix="换一个 --out 目录")
+    if before is not None and before != start:
+        raise MiniGLMError(
+            f"这个运行是从 {before.folder} 开始的，设置也不能改：{before}",
+            path=run.path / RECORD,
+            fix="换一个 --out 目录",
+        )
+    tokenize(run)
+    write_whole(run.path / RECORD, json.dumps(asdict(start), ensure_ascii=False, indent=2) + "\n")
+    return _plan(run, start, config)
 
 
 def _plan(run: Run, start: Start, config: Any) -> Plan:
@@ -173,7 +191,7 @@ def _batches(run: Run, made: Plan, tokenizer: Any) -> Batches:
         if pairs.truncated:
             say(f"{pairs.truncated} 条问答长于上下文 {made.context}，答案的末尾被截去")
     if pairs is None or made.text_share > 0:
-        text = TextRows(read_tokens(tokens / "train.npy"), made.context, tokenizer.prefix, seed)
+        text = TextRows(training_tokens(tokens, meta.get("shards", [])), made.context, tokenizer.prefix, seed)
     return Batches(text, pairs, made.finetune.rows, made.text_share)
 
 
