@@ -81,7 +81,8 @@ def questions(run: Path) -> list[str]:
 async def ask(port: int, model: str, question: str, tally: Tally, *, leave: bool = False, **more: Any) -> float:
     """One streamed answer; seconds to wait before the next request."""
     messages = [{"role": "user", "content": question}]
-    body = json.dumps({"model": model, "messages": messages, "stream": True} | more).encode()
+    # The model is measured, not what is looked up.
+    body = json.dumps({"model": model, "messages": messages, "stream": True, "look_up": False} | more).encode()
     head = (
         "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
