@@ -105,6 +105,24 @@ def test_validation_text_is_whole(size: int, context: int, rows: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@given(st.integers(1, 500), st.integers(8, 40), st.integers(1, 9))
+def test_a_part_of_the_validation_text_is_rows_of_it(size: int, context: int, every: int) -> None:
+    def rows(every: int) -> list[str]:
+        return [name for b in validation_text_batches(np.arange(size), context, PREFIX, 3, every) for name in b.rows]
+
+    assert rows(every) == rows(1)[::every] != []
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes, st.integers(1, 9))
+def test_a_part_of_the_validation_pairs_is_rows_of_them(lengths: list[tuple[int, int]], every: int) -> None:
+    def rows(every: int) -> list[list[int]]:
+        return [row.tolist() for b in validation_pair_batches(made_pairs(lengths), 200, 0, 3, every) for row in b.ids]
+
+    assert rows(every) == rows(1)[::every] != []
+
+
+@settings(max_examples=30, deadline=None)
 @given(shapes)
 def test_validation_pairs_are_whole(lengths: list[tuple[int, int]]) -> None:
     pairs = made_pairs(lengths)

@@ -104,7 +104,7 @@ def test_a_state_that_is_slow_to_save_is_saved_less_often(tmp_path: Path, monkey
         time.sleep(0.1)
         save_state(path, tensors, meta)
 
-    monkeypatch.setattr(training, "save_state", slow)
+    monkeypatch.setattr("miniglm.distributed.engine.save_state", slow)
     monkeypatch.setattr(training, "SAVE_EVERY_SECONDS", 0.0)
     run(tmp_path / "often", model(), stage(steps=6, evaluate_every=6))
     monkeypatch.setattr(training, "SAVE_SHARE", 1e9)

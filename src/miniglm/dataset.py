@@ -349,11 +349,13 @@ class Batches:
         return found if micro < self.rows else found.without_targets()
 
 
-def validation_text_batches(tokens: NDArray[Any], context: int, prefix: Sequence[int], rows: int) -> Iterator[Batch]:
-    """The whole text, every token a target exactly once."""
+def validation_text_batches(
+    tokens: NDArray[Any], context: int, prefix: Sequence[int], rows: int, every: int = 1
+) -> Iterator[Batch]:
+    """The whole text, every token a target exactly once; or every so-manieth row of that."""
     start_ids = np.asarray(prefix, dtype=np.int64)
     stride = context - len(prefix) + 1
-    starts = range(0, len(tokens), stride)
+    starts = range(0, len(tokens), stride)[::every]
     for first in range(0, len(starts), rows):
         part = starts[first : first + rows]
         yield collate(
@@ -363,11 +365,11 @@ def validation_text_batches(tokens: NDArray[Any], context: int, prefix: Sequence
         )
 
 
-def validation_pair_batches(pairs: Pairs, context: int, pad_id: int, rows: int) -> Iterator[Batch]:
-    """All pairs, each once, packed in order of length."""
+def validation_pair_batches(pairs: Pairs, context: int, pad_id: int, rows: int, every: int = 1) -> Iterator[Batch]:
+    """All pairs, each once, packed in order of length; or every so-manieth row of that."""
     fitted = [fit_pair(*pairs[i], context)[:2] for i in range(len(pairs))]
     order = sorted(range(len(fitted)), key=lambda i: -len(fitted[i][0]))
-    packed = pack([len(fitted[i][0]) - 1 for i in order], context)
+    packed = pack([len(fitted[i][0]) - 1 for i in order], context)[::every]
     for first in range(0, len(packed), rows):
         part = packed[first : first + rows]
         made = [pair_row([fitted[order[i]] for i in members], context, pad_id) for members in part]

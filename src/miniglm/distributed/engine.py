@@ -135,6 +135,8 @@ class DataParallel(OneProcess):
         numbers = sum(p.numel() for p in self.parameters)
         self._all = torch.zeros(numbers + 3, dtype=dtype, device=device)
         self._gradients, self._sums = self._all[:numbers], self._all[numbers:]
+        if dtype.itemsize < 4:  # bfloat16 cannot count above 256
+            self._all, self._sums = self._gradients, torch.zeros(3, device=device)
         at = 0
         for p in self.parameters:
             p.grad = self._gradients[at : at + p.numel()].view(p.shape)
@@ -151,6 +153,8 @@ class DataParallel(OneProcess):
         self._sums.copy_(torch.tensor([0.0, 0.0, 1.0] if failed else [loss, targets, 0.0]))
         with connected():
             dist.all_reduce(self._all)
+            if self._all is self._gradients:
+                dist.all_reduce(self._sums)
         loss, targets, failures = self._sums.tolist()
         if failures:
             return None

@@ -25,7 +25,7 @@ from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
 from miniglm.interop.lora import add_adapters, load_adapters, merge_adapters, save_adapters
 from miniglm.large_tokens import training_tokens
-from miniglm.pipeline import Run, answer_bits, text_bits, token_meta, tokenize, train_stage
+from miniglm.pipeline import Run, answer_bits, text_bits, token_meta, tokenize, train_stage, validation_rows
 from miniglm.planning import Plan, lengths
 from miniglm.training import Stage
 from miniglm.ui import say
@@ -102,10 +102,11 @@ def finetune_from(run: Run, start: Start) -> None:
         f"从 {folder} 开始：{config.num_parameters / 1e6:,.1f} 百万参数，训练其中 {trained / 1e6:,.2f} 百万，上下文 {made.context}"
     )
     has_pairs = token_meta(run)["train_pairs"] > 0
+    every = validation_rows(run, made, made.finetune, pairs=has_pairs)
 
     def evaluate() -> dict[str, float]:
         bits = answer_bits if has_pairs else text_bits
-        return {"score": bits(run, model, tokenizer, made)}
+        return {"score": bits(run, model, tokenizer, made, every)}
 
     def save(place: Path, weights: Mapping[str, Tensor]) -> None:
         if start.lora:
@@ -114,7 +115,7 @@ def finetune_from(run: Run, start: Start) -> None:
             save_model(place, model, tokenizer, weights=weights, dtype=dtype)
 
     with _arithmetic(run.device, start):
-        train_stage(run, made, "finetune", model, _batches(run, made, tokenizer), evaluate, save)
+        train_stage(run, made, "finetune", model, _batches(run, made, tokenizer), every, evaluate, save)
 
     def finish() -> None:
         if start.lora:
