@@ -106,7 +106,7 @@ def connected() -> Iterator[None]:
 def lost(error: BaseException) -> MiniGLMError | None:
     """What to tell the user of an error from within torch's own exchanges (FSDP's, in the midst of the model), if it
     says that another process is gone."""
-    ours = isinstance(error, (dist.DistError, dist.DistBackendError)) or "gloo/transport" in str(error)  # type: ignore[attr-defined]
+    ours = isinstance(error, (dist.DistError, dist.DistBackendError)) or "gloo/transport" in str(error)
     return _out_of_touch(error) if launch.size() > 1 and ours else None
 
 
