@@ -3,8 +3,10 @@
     python benchmarks/scaling.py [--processes 1 2] [--width 192 --layers 4] [--rows 8] [--steps 20]
 
 The same global batch each time, through torchrun; one process is also measured with all cores as threads. Prints the
-median tokens a second, the speed-up over one process of one thread, and the share of a step that passes in summing
-gradients and exchanging Muon's matrices (waiting for the slowest process among it), and writes JSON.
+median and the shortest step, tokens a second and the speed-up over one process of one thread by the shortest, the
+processor time that all processes together spend on a step (which other programs on the machine do not change much), and
+the share of a step that passes in summing gradients and exchanging Muon's matrices (waiting for the slowest process
+among it), and writes JSON.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ def worker(given: argparse.Namespace) -> None:
     from miniglm.distributed import launch
     from miniglm.distributed.engine import DataParallel
     from miniglm.distributed.sharding import FullySharded, shard
-    from miniglm.distributed.team import join
+    from miniglm.distributed.team import join, total
     from miniglm.model import GLM
     from miniglm.planning import _config
-    from miniglm.training import Stage, train
+    from miniglm.training import Progress, Stage, train
 
     torch.set_num_threads(given.threads)
     join()
@@ -77,6 +79,12 @@ def worker(given: argparse.Namespace) -> None:
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, 2_000_000).astype(np.uint16)
     batches = Batches(TextRows(tokens, CONTEXT, [0, 1], seed=0), None, given.rows)
     ends: list[float] = []
+    worked: list[float] = []
+
+    def note(progress: Progress) -> None:
+        ends.append(progress.elapsed)
+        worked.append(time.process_time())
+
     stage = Stage("pretrain", rows=given.rows, steps=given.steps, evaluate_every=given.steps)
     with tempfile.TemporaryDirectory() as own:
         folder = Path(given.folder or own)
@@ -87,15 +95,17 @@ def worker(given: argparse.Namespace) -> None:
             folder,
             evaluate=lambda: {"score": 1.0},
             save_best=lambda scores: None,
-            on_progress=lambda progress: ends.append(progress.elapsed),
+            on_progress=note,
         )
     steps = [b - a for a, b in itertools.pairwise(ends[1:-1])]  # the first and the last do other things too
+    processors = total((worked[-2] - worked[1]) / len(steps))
     if launch.is_first():
-        step = statistics.median(steps)
         found = {
             "parameters": config.num_parameters,
-            "step_seconds": step,
-            "tokens_per_second": given.rows * CONTEXT / step,
+            "step_seconds": statistics.median(steps),
+            "shortest_step_seconds": min(steps),
+            "processor_seconds": processors,
+            "tokens_per_second": given.rows * CONTEXT / min(steps),
             "exchange_share": waited[0] / ends[-1],
         }
         print(json.dumps(found))
@@ -138,14 +148,16 @@ def main() -> None:
     settings += [(1, max(given.processes), False)] if max(given.processes) > 1 else []
     settings += [(n, 1, True) for n in given.processes if n > 1]
     rows = []
-    print("processes  threads  sharded   step, s   tokens/s   speed-up   exchange")
+    print("processes  threads  sharded   step, s   shortest   tokens/s   speed-up   processors, s   exchange")
     for processes, threads, shard in settings:
         row = measure(given, processes, threads, shard)
         rows.append(row)
         print(
             f"{processes:9}  {threads:7}  {'yes' if shard else 'no':>7}  {row['step_seconds']:8.3f}  "
-            f"{row['tokens_per_second']:9,.0f}  {rows[0]['step_seconds'] / row['step_seconds']:9.2f}  "
-            f"{row['exchange_share']:9.1%}"
+            f"{row['shortest_step_seconds']:9.3f}  {row['tokens_per_second']:9,.0f}  "
+            f"{rows[0]['shortest_step_seconds'] / row['shortest_step_seconds']:9.2f}  "
+            f"{row['processor_seconds']:14.3f}  {row['exchange_share']:9.1%}",
+            flush=True,
         )
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
