@@ -367,7 +367,7 @@ def test_kills_lose_nothing(tmp_path: Path) -> None:
     """A few of the many that benchmarks/faults/kills.py does."""
     script = ROOT / "benchmarks" / "faults" / "kills.py"
     done = subprocess.run(
-        [sys.executable, str(script), "--kills", "4", "--json", str(tmp_path / "kills.json")],
+        [sys.executable, str(script), "--kills", "5", "--json", str(tmp_path / "kills.json")],
         capture_output=True,
         text=True,
         check=False,
@@ -376,7 +376,7 @@ def test_kills_lose_nothing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "kills.json").read_text("utf-8"))
-    assert found["kills"] >= 4 and found["lost"] == 0 and all(s["rounds"] for s in found["scenarios"].values())
+    assert found["kills"] >= 5 and found["lost"] == 0 and all(s["rounds"] for s in found["scenarios"].values())
 
 
 def test_the_kill_script_sees_what_is_broken(tmp_path: Path, finished: Path) -> None:

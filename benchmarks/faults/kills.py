@@ -95,19 +95,20 @@ def work(command: list[str], log: Path | None) -> None:
     """In a process of its own: the command line; `log` notes each model and state that is saved."""
     sys.stdout = sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     sys.argv = ["miniglm", *command]
-    from miniglm import cli, pipeline, training
+    from miniglm import cli, pipeline
+    from miniglm.distributed import engine
 
     if log is not None:
         _note_calls(pipeline, "save_model", lambda folder, *_: f"model {model_mark(folder)}", log)
-        _note_calls(training, "save_state", lambda path, *_: f"state {state_mark(path)}", log)
+        _note_calls(engine, "save_state", lambda path, *_: f"state {state_mark(path)}", log)
     cli.main()
 
 
 def _note_calls(module: Any, name: str, mark: Callable[..., str], log: Path) -> None:
     plain = getattr(module, name)
 
-    def noted(*given: Any) -> None:
-        plain(*given)
+    def noted(*given: Any, **named: Any) -> None:
+        plain(*given, **named)
         with log.open("a", encoding="utf-8") as file:
             file.write(mark(*given) + "\n")
 
