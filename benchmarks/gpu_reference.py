@@ -34,10 +34,10 @@ from side_by_side import parser, report
 from miniglm.dataset import Batches, TextRows, validation_text_batches
 from miniglm.evaluation.measure import bits_per_character
 from miniglm.model import GLM, ModelConfig
-from miniglm.optimizer import build_optimizers, learning_rate_factor, set_learning_rate
+from miniglm.optimizer import learning_rate_factor, set_learning_rate
 from miniglm.planning import choose_precision, measure_gigaflops
 from miniglm.tokenizer import train_tokenizer
-from miniglm.training import Stage, autocast
+from miniglm.training import Stage, autocast, optimizers_of
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
@@ -105,15 +105,7 @@ def our_way(
     context, precision = config.max_position_embeddings, choose_precision(device)
     stage = Stage("gpu", rows=stages[0][1], precision=precision)
     model = GLM(replace(config, vocab_size=tokenizer.vocab_size)).initialize(0).to(device)
-    optimizers = build_optimizers(
-        model,
-        muon=True,
-        matrix_lr=stage.matrix_lr,
-        adam_lr=stage.adam_lr,
-        weight_decay=stage.weight_decay,
-        betas=stage.betas,
-        matrix_dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
-    )
+    optimizers = optimizers_of(stage, model)
     parameters, total = list(model.parameters()), sum(steps for steps, _ in stages)
     loss_of = torch.compile(model.loss) if compiled else model.loss
 

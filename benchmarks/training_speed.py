@@ -16,9 +16,8 @@ import torch
 from side_by_side import alternate, median_ratio, parser, report
 
 from miniglm.model import GLM, ModelConfig
-from miniglm.optimizer import build_optimizers
 from miniglm.planning import choose_precision, measure_gigaflops
-from miniglm.training import Stage, autocast, keep_allocations
+from miniglm.training import Stage, autocast, keep_allocations, optimizers_of
 
 MODELS = {
     "default": ModelConfig(4096, 256, 704, 4, 4, 2, 64, 256),
@@ -42,17 +41,9 @@ def our_step(
     config: ModelConfig, ids: torch.Tensor, labels: torch.Tensor, precision: str, muon: bool
 ) -> Callable[[], None]:
     """A step as training.train does it, without its bookkeeping."""
-    stage = Stage("speed", rows=len(ids))
+    stage = Stage("speed", rows=len(ids), muon=muon, precision=precision)
     model = GLM(config).initialize(0).to(ids.device)
-    optimizers = build_optimizers(
-        model,
-        muon=muon,
-        matrix_lr=stage.matrix_lr,
-        adam_lr=stage.adam_lr,
-        weight_decay=stage.weight_decay,
-        betas=stage.betas,
-        matrix_dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
-    )
+    optimizers = optimizers_of(stage, model)
     parameters = list(model.parameters())
 
     def step() -> None:

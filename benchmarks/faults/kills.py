@@ -32,32 +32,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from running import RECIPE as SMALL  # noqa: E402
 from scripted_endpoint import ScriptedEndpoint, facts_of, passage_text  # noqa: E402
 
-STEPS = 12
-RECIPE = f"""
-[run]
-minutes = "none"
-device = "cpu"
-[tokenizer]
-vocab_size = 700
-[model]
-num_hidden_layers = 1
-hidden_size = 32
-intermediate_size = 64
-num_attention_heads = 2
-num_key_value_heads = 1
-head_dim = 16
-context = 96
-[pretrain]
-steps = {STEPS}
-rows = 4
-evaluate_every = 3
-[finetune]
-steps = {STEPS}
-rows = 4
-evaluate_every = 3
-"""
+RECIPE = SMALL.replace("evaluate_every = 6", "evaluate_every = 3")
+"""Validated often, so that there are many states and models to be killed between."""
 SCENARIOS = {
     "pretrain": ("tokenized", ["pretrain"]),
     "finetune": ("pretrained", ["finetune"]),
@@ -189,6 +168,33 @@ class Tally:
     leftovers: int = 0
     lost: list[str] = field(default_factory=list)
 
+    def note_end(
+        self, name: str, folder: Path, holder: Path, process: Any, left: set[Path], last: bool
+    ) -> tuple[bool, set[Path]]:
+        """Counts how a process ended that worked on `folder`.
+
+        Args:
+            holder: the file in which it notes that the folder is its own.
+            left: temporary files that stood there when it began.
+            last: nobody killed it.
+
+        Returns:
+            Whether it came to its end, and the temporary files that it left.
+        """
+        from miniglm.files import TEMPORARY
+
+        ended = process.exitcode == 0
+        if last and not ended:
+            self.lost.append(f"{name}: did not resume, exit code {process.exitcode}")
+        if holder.exists() and json.loads(holder.read_text("utf-8"))["pid"] == process.pid:
+            self.lost += [f"{name}: still there at the next start: {path.name}" for path in left if path.exists()]
+        left = set(folder.rglob(f"{TEMPORARY}*"))
+        if not ended and not last:
+            self.kills += 1
+            self.writing += bool(left)
+            self.leftovers += len(left)
+        return ended, left
+
 
 def losses_of(run: Path) -> dict[str, list[float]]:
     """Stage to the loss of each step."""
@@ -278,17 +284,8 @@ class Bench:
                         pass
                 process.kill()
             process.join()
-            ended = process.exitcode == 0
-            if last and not ended:
-                tally.lost.append(f"{name}: did not resume, exit code {process.exitcode}")
             holder = run / (f"{REPORT}.lock.json" if name == "evaluate" else HOLDER)
-            if holder.exists() and json.loads(holder.read_text("utf-8"))["pid"] == process.pid:
-                tally.lost += [f"{name}: still there at the next start: {path.name}" for path in left if path.exists()]
-            left = set(run.rglob(f"{TEMPORARY}*"))
-            if not ended and not last:
-                tally.kills += 1
-                tally.writing += bool(left)
-                tally.leftovers += len(left)
+            ended, left = tally.note_end(name, run, holder, process, left, last)
             self.check(name, run, known, tally)
             if ended:
                 break
@@ -315,16 +312,8 @@ class Bench:
         left: set[Path] = set()
         with ScriptedEndpoint(delay=0.05) as server:
             command = [
-                *(
-                    "qa",
-                    "synthesize",
-                    str(self.material / "客店.txt"),
-                    "--out",
-                    str(out),
-                    "--model",
-                    "scripted",
-                    "--yes",
-                ),
+                *("qa", "synthesize", str(self.material / "客店.txt"), "--out", str(out)),
+                *("--model", "scripted", "--yes"),
                 *("--base-url", server.base_url, "--passage", "120", "--facts", "2", "--phrasings", "2"),
             ]
             for number in range(kills + 1):
@@ -341,16 +330,7 @@ class Bench:
                     time.sleep(0 if writing else self.random.uniform(0, 0.02))
                     process.kill()
                 process.join()
-                ended = process.exitcode == 0
-                if last and not ended:
-                    tally.lost.append(f"{SYNTHESIS}: did not resume, exit code {process.exitcode}")
-                if holder.exists() and json.loads(holder.read_text("utf-8"))["pid"] == process.pid:
-                    tally.lost += [f"{SYNTHESIS}: still there: {path.name}" for path in left if path.exists()]
-                left = set(place.rglob(f"{TEMPORARY}*"))
-                if not ended and not last:
-                    tally.kills += 1
-                    tally.writing += bool(left)
-                    tally.leftovers += len(left)
+                ended, left = tally.note_end(SYNTHESIS, place, holder, process, left, last)
                 tally.lost += [f"{SYNTHESIS}: {broken}" for broken in broken_files(place)]
                 records = (
                     [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]] if journal.exists() else []

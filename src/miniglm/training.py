@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from miniglm.checkpoint import optimizer_tensors, restore_optimizers, restore_rng, rng_tensors
 from miniglm.dataset import Batches
@@ -31,7 +32,7 @@ from miniglm.errors import MiniGLMError
 from miniglm.files import append_line, write_whole
 from miniglm.guard import Guard, is_out_of_memory, memory_explained, release_memory, smaller_micro_batch
 from miniglm.model import GLM
-from miniglm.optimizer import build_optimizers, learning_rate_factor, set_learning_rate
+from miniglm.optimizer import Spread, at_once, build_optimizers, learning_rate_factor, set_learning_rate
 
 SAVE_EVERY_SECONDS, SAVE_AT_LEAST_EVERY_SECONDS = 60.0, 600.0
 SAVE_SHARE = 0.04
@@ -146,6 +147,20 @@ def stop_signal() -> Iterator[Callable[[], int]]:
         signal.raise_signal(asked)
 
 
+def optimizers_of(stage: Stage, model: GLM, spread: Spread = at_once) -> list[Optimizer]:
+    """The optimizers that a stage asks for, see `build_optimizers`."""
+    return build_optimizers(
+        model,
+        muon=stage.muon,
+        matrix_lr=stage.matrix_lr,
+        adam_lr=stage.adam_lr,
+        weight_decay=stage.weight_decay,
+        betas=stage.betas,
+        matrix_dtype=torch.bfloat16 if stage.precision == "bfloat16" else torch.float32,
+        spread=spread,
+    )
+
+
 def seconds_between_saves(cost: float) -> float:
     """From one save of the state to the next, where a save takes `cost` seconds."""
     return min(max(SAVE_EVERY_SECONDS, cost / SAVE_SHARE), SAVE_AT_LEAST_EVERY_SECONDS)
@@ -218,16 +233,7 @@ def train(
     on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     state_path, metrics_path = folder / "state.safetensors", folder / "metrics.jsonl"
     device = model.device
-    optimizers = build_optimizers(
-        model,
-        muon=stage.muon,
-        matrix_lr=stage.matrix_lr,
-        adam_lr=stage.adam_lr,
-        weight_decay=stage.weight_decay,
-        betas=stage.betas,
-        matrix_dtype=torch.bfloat16 if stage.precision == "bfloat16" else torch.float32,
-        spread=engine.orthogonalize,
-    )
+    optimizers = optimizers_of(stage, model, engine.orthogonalize)
     torch.manual_seed(stage.seed)
     step, elapsed, tokens, evaluations, since_best = 0, 0.0, 0, 0, 0
     best: dict[str, float] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import shutil
 import socket
 import threading
 import time
@@ -19,8 +18,9 @@ from weakref import WeakKeyDictionary
 import httpx
 import pytest
 import uvicorn
+from browsing import chromium
 from fastapi import FastAPI
-from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect
 from report_sample import make_report
 from served import MODEL, serving
 
@@ -138,15 +138,10 @@ def page_over(service: Service, feedback: Path | None) -> FastAPI:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium is installed")
     off = ("background-networking", "component-update", "sync")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", *(f"--disable-{x}" for x in off)]
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=arguments)
+    flags = ["--disable-gpu", "--disable-quic", "--no-first-run", *(f"--disable-{x}" for x in off)]
+    with chromium(flags=flags) as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
