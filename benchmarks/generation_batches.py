@@ -16,8 +16,8 @@ from pathlib import Path
 
 from miniglm.checkpoint import load_model
 from miniglm.generation import Engine, SamplingSettings
+from miniglm.locate import find_model
 from miniglm.model import GLM, ModelConfig
-from miniglm.pipeline import find_model
 
 DEFAULT = ModelConfig(4096, 256, 704, 4, 4, 2, 64, 256)
 

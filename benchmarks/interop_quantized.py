@@ -28,8 +28,8 @@ from miniglm.checkpoint import load_model
 from miniglm.evaluation.evaluate import spread
 from miniglm.evaluation.scores import bootstrap_interval
 from miniglm.interop.export import FORMATS, export_model
+from miniglm.locate import find_model
 from miniglm.model import GLM
-from miniglm.pipeline import find_model
 from miniglm.qa.formats import Example, read_examples
 from miniglm.qa.keys import holds_keys
 from miniglm.tokenizer import Tokenizer

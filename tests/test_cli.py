@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from running import demo, fails, miniglm
 
+from miniglm.cli import LOCAL
+from miniglm.qa.formats import read_examples
+
 
 def test_the_demo_leaves_a_model_numbers_and_a_picture(finished: Path) -> None:
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -195,6 +198,34 @@ def test_without_network_the_demo_says_what_to_do(tmp_path: Path) -> None:
         MINIGLM_CACHE=str(tmp_path / "cache"),
     )
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+
+
+def test_a_table_is_split_into_rows_that_can_be_read(tmp_path: Path) -> None:
+    keys = [["孔明", "诸葛亮"]]
+    cell = json.dumps(keys, ensure_ascii=False).replace('"', '""')
+    rows = [f'第{n}阵风是谁借的？,孔明借了第{n}阵,"{cell}"' for n in range(20)]
+    (tmp_path / "a.csv").write_text("\n".join(["question,answer,keys", *rows]), "utf-8")
+    done = miniglm("qa", "split", tmp_path / "a.csv", "--every-tenth", "--out", tmp_path / "parts")
+    assert done.returncode == 0, done.stderr
+    found = [
+        e for name in ("train", "validation") for e in read_examples(tmp_path / "parts" / f"{name}.jsonl").examples
+    ]
+    assert len(found) == 20 and all(e.keys == (("孔明", "诸葛亮"),) for e in found)
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("http://localhost:7860/v1", True),
+        ("http://127.0.0.1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://127.example.com/v1", False),
+        ("http://localhost.example.com/v1", False),
+        ("http://localhost:x@example.com/v1", False),
+    ],
+)
+def test_which_addresses_are_on_this_machine(address: str, local: bool) -> None:
+    assert bool(re.match(LOCAL, address)) == local
 
 
 def test_help_is_quick_and_chinese() -> None:

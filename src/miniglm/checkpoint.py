@@ -131,6 +131,11 @@ def save_weights(
     (folder / (INDEX if len(shards) == 1 else WEIGHTS)).unlink(missing_ok=True)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder is whole: its weights, or their index, are written last."""
+    return (folder / WEIGHTS).exists() or (folder / INDEX).exists()
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold a model folder's weights: one, or those that its index names.
 

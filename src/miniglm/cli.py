@@ -32,6 +32,9 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 # whoever else works (a look-up took 55 ms of CPU time in place of 24).
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+LOCAL = r"http://(localhost|127(\.\d+){3}|\[::1\])(:\d+)?(/|$)"
+"""Addresses on this machine."""
+
 app = typer.Typer(
     help="把书变成会回答问题的小模型：miniglm demo 一条命令从《三国演义》训练出一个，然后和它聊天。",
     no_args_is_help=True,
@@ -370,7 +373,7 @@ def ask(
         questions = list(found.examples)
     else:
         questions = [Example(turns=(Turn(question or "", ""),))]
-    from miniglm.pipeline import answerer_of
+    from miniglm.lookup import answerer_of
 
     answerer = None if closed_book else answerer_of(run)
     if answerer is not None:
@@ -444,7 +447,7 @@ def chat(
 ) -> None:
     """在终端里问答。有索引就到书里查，带出处；没有，或加 --closed-book，就和模型聊天，这时采样的选项和 --turns 才有用。"""
     from miniglm.chat import terminal_chat, terminal_lookup
-    from miniglm.pipeline import answerer_of
+    from miniglm.lookup import answerer_of
 
     answerer = None if closed_book else answerer_of(run)
     if answerer is not None:
@@ -701,7 +704,7 @@ def qa_split(
     ] = False,
 ) -> None:
     """分成训练、验证、测试；几乎相同的问题、相同的答案不会分在两边。"""
-    from miniglm.qa.formats import read_examples, to_row, write_jsonl
+    from miniglm.qa.formats import read_examples, write_jsonl
     from miniglm.qa.leaks import split_every_tenth, split_groups
 
     try:
@@ -712,7 +715,8 @@ def qa_split(
         raise MiniGLMError(
             f"--shares 是 {shares!r}，应为三个加起来是 1 的数，训练大于 0", fix="例如 0.8,0.1,0.1"
         ) from None
-    examples = list(read_examples(file).examples)
+    read = read_examples(file)
+    examples = list(read.examples)
     if every_tenth:
         parts = split_every_tenth(examples)
     else:
@@ -722,7 +726,7 @@ def qa_split(
         if (out / f"{name}.jsonl").exists():
             raise MiniGLMError("这个文件已经有了，不会覆盖", path=out / f"{name}.jsonl", fix="换一个 --out")
     for name, part in made.items():
-        write_jsonl(out / f"{name}.jsonl", [e.extra or to_row(e) for e in part])
+        write_jsonl(out / f"{name}.jsonl", [read.row(e) for e in part])
         print(f"{out / name}.jsonl：{len(part)} 题")
 
 
@@ -806,7 +810,7 @@ def qa_synthesize(
     preset = PRESETS[provider] if provider else OWN
     key = read_key(preset, key_file)
     address = base_url or preset.base_url
-    if key and address.startswith("http://") and not re.match(r"http://(localhost|127\.|\[::1\])", address):
+    if key and address.startswith("http://") and not re.match(LOCAL, address):
         say(f"注意：{address} 不是 https，密钥会明文经过网络")
     settings = synthesis.Settings(model, passage, facts, phrasings, check)
     made = synthesis.Synthesis(
@@ -900,7 +904,7 @@ def qa_curate(
     from rich.table import Table
 
     from miniglm.qa.curation import Criteria, chapter_counts, curate
-    from miniglm.qa.formats import read_examples, to_row, write_jsonl
+    from miniglm.qa.formats import read_examples, write_jsonl
     from miniglm.qa.synthesis import rejected_file
     from miniglm.ui import count_bar, say
 
@@ -919,7 +923,7 @@ def qa_curate(
     with count_bar("比较", len(examples)) as bar:
         faults = curate(examples, Criteria(similarity, per_chapter, novelty), text, bar)
         bar(len(examples))
-    rows = [to_row(e) if read.format == "csv" or not e.extra else e.extra for e in examples]
+    rows = [read.row(e) for e in examples]
     rejected = [{"reason": "读不出来", "line": bad.line, "detail": bad.reason} for bad in read.rejected]
     for number, fault in sorted(faults.items()):
         other = {} if fault.other is None else {"other": examples[fault.other].question}

@@ -124,7 +124,7 @@ def unsealed(content: Any) -> dict[str, Any]:
     """
     if not isinstance(content, dict):
         raise ValueError("应为一个 JSON 对象")
-    if content.get(CHECKSUM, _digest(content)) != _digest(content):
+    if CHECKSUM in content and content[CHECKSUM] != _digest(content):
         raise ValueError("校验和不符，内容在写好以后变了")
     return {key: value for key, value in content.items() if key != CHECKSUM}
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from miniglm.checkpoint import RunFolder, load_model, save_model
+from miniglm.checkpoint import RunFolder, has_weights, load_model, save_model
 from miniglm.corpus import Paragraph, large, load_books, read_paragraphs, split, write_corpus
 from miniglm.dataset import (
     Batch,
@@ -43,9 +43,8 @@ from miniglm.evaluation.measure import bits_per_character
 from miniglm.evaluation.pictures import draw_losses
 from miniglm.files import check_digests, file_digests, keep_dated, read_json, write_json, write_whole
 from miniglm.large_tokens import tokenize_shards, training_tokens
-from miniglm.locate import find_model as find_model
-from miniglm.locate import pick_device as pick_device
-from miniglm.lookup import Answerer, has_index
+from miniglm.locate import find_model, pick_device
+from miniglm.lookup import answerer_of, has_index
 from miniglm.model import GLM
 from miniglm.planning import LENGTHS, UTILISATION, Plan, choose_precision, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
@@ -389,7 +388,12 @@ def token_meta(run: Run) -> dict[str, Any]:
     return read_json(run.path / "tokens" / "meta.json", fix=f"删去 {run.path / 'tokens'} 再运行，会重新做出来")
 
 
-def _read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> Plan:
+    """A run's plan.json.
+
+    Raises:
+        MiniGLMError: damaged, or of another version.
+    """
     fix = "换一个 --out 重新训练；已有的 model 目录不受影响"
     try:
         return Plan.from_json(read_json(path, fix=fix))
@@ -403,7 +407,7 @@ def make_plan(run: Run, seconds: float | None = None) -> Plan:
     Args:
         seconds: for both training stages; default: the recipe's minutes less a tenth for everything else.
     """
-    return on_first(lambda: _make_plan(run, seconds)) or _read_plan(run.path / "plan.json")
+    return on_first(lambda: _make_plan(run, seconds)) or read_plan(run.path / "plan.json")
 
 
 def _make_plan(run: Run, seconds: float | None) -> Plan:
@@ -412,7 +416,7 @@ def _make_plan(run: Run, seconds: float | None) -> Plan:
     meta = token_meta(run)
     if seconds is None and run.recipe.run.minutes is not None:
         seconds = 60 * run.recipe.run.minutes * 0.9
-    known = _read_plan(path) if path.exists() else None
+    known = read_plan(path) if path.exists() else None
     if known is not None and known.recipe_lengths == lengths(run.recipe):
         return known
     precision = known.pretrain.precision if known is not None else choose_precision(run.device)
@@ -561,7 +565,7 @@ def validation_rows(run: Run, made: Plan, stage: Stage, *, pairs: bool) -> int:
 def finetune(run: Run, seconds: float | None = None) -> None:
     """Teaches questions and answers to the pretrained model: RUN/finetune, and the finished model in RUN/model."""
     pretrain(run, seconds)
-    if run.done("model/model.safetensors", "finetune/done.json"):
+    if run.done("finetune/done.json") and tell(has_weights(run.path / "model")):
         run.skip("finetune")
         return
     made = make_plan(run)
@@ -635,11 +639,6 @@ def index(run: Run, seconds: float | None = None) -> None:
     say(
         f"查找完成：{made['passages']:,} 段书、{made['facts']:,} 个教过的事实，用时 {duration(time.monotonic() - begun)}"
     )
-
-
-def answerer_of(path: Path) -> Answerer | None:
-    """What answers from the index of a run folder; None where it has none."""
-    return Answerer(path / "index") if has_index(path / "index") else None
 
 
 SPLITS = {

@@ -188,11 +188,11 @@ def _gradients(
 ) -> tuple[float, int]:
     """Adds up the gradients of this process's rows of step `step`, in `micros` parts: their loss and their targets, as
     `OneProcess.sum_up` wants them."""
-    parts = [batches.batch(step, *engine.part(micro, micros)).to(model.device) for micro in range(micros)]
+    parts = [batches.batch(step, *engine.part(micro, micros)) for micro in range(micros)]
     targets = sum(part.targets for part in parts)
     divisor = targets if engine.size == 1 else 1  # how many there are in all, no process knows yet
     total = 0.0
-    for part in parts:
+    for part in (part.to(model.device) for part in parts):  # one at a time: memory may be short there
         with autocast(model.device, precision):
             loss, _ = model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)
         (loss / divisor).backward()  # type: ignore[no-untyped-call]

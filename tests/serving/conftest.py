@@ -62,7 +62,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> BookService:
     )
     folder = tmp_path_factory.mktemp("book")
     build_index(story, [taught], [], folder, seconds=1.0, seed=1)
-    return BookService(Answerer(folder), MODEL)
+    return BookService(Answerer(folder))
 
 
 @pytest.fixture(scope="session")

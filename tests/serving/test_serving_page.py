@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import socket
 import threading
 import time
@@ -25,7 +26,7 @@ from report_sample import make_report
 from served import MODEL, serving
 
 from miniglm.chat import Message, with_sources
-from miniglm.checkpoint import load_model
+from miniglm.checkpoint import load_model, read_config
 from miniglm.corpus import Paragraph
 from miniglm.lookup import Answerer
 from miniglm.lookup.build import build_index
@@ -700,6 +701,12 @@ def test_facts_of_a_run(tmp_path: Path) -> None:
     assert facts_of(tmp_path, name="demo").scores == ()
 
 
+def test_a_run_in_training_tells_of_the_model_it_has(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "pretrain" / "model")
+    facts, known = facts_of(tmp_path, name="demo"), read_config(model_folder)
+    assert (facts.parameters, facts.context) == (known.num_parameters, known.max_position_embeddings)
+
+
 def test_over_another_server(browser: Browser, model_folder: Path) -> None:
     """`--backend`: the page asks a second server of ours, and shows what that one says."""
     with serving(model_folder) as second:
@@ -812,7 +819,7 @@ def test_what_a_book_says_is_only_shown(browser: Browser, service: Scripted, tmp
     heading = "第一回 <i>山中</i>"
     story = [Paragraph("山中记", heading, 1, number, text) for number, text in enumerate((heading, line), 1)]
     build_index(story, [], [], tmp_path, seconds=1.0, seed=1)
-    book = BookService(Answerer(tmp_path), "miniglm")
+    book = BookService(Answerer(tmp_path))
     with book_windows(browser, service, book) as windows:
         page = windows()
         ask(page, "庙里住着老僧慧远")

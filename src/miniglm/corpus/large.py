@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ def documents(source: str) -> Iterator[str]:
         raise MiniGLMError(f"不是 UTF-8 文本（{error.reason}）", path=path, fix="请转成 UTF-8") from None
     except OSError as error:  # gzip's too
         raise MiniGLMError(f"读不出来：{error.strerror or error}", path=path) from None
+    except (EOFError, zlib.error) as error:  # a gzip file that is cut short, or damaged within
+        raise MiniGLMError(f"读不出来：{error}", path=path, fix="请重新复制或下载完整的文件") from None
 
 
 def _blocks(path: Path) -> Iterator[str]:

@@ -8,7 +8,6 @@ how long differs. docs/interop.md says how much memory the public models need.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniglm.checkpoint import load_model, read_config, save_model, weight_files
+from miniglm.checkpoint import has_weights, load_model, read_config, save_model, weight_files
 from miniglm.dataset import Batches, PairRows, TextRows, read_pairs
 from miniglm.distributed.engine import sharded_if
-from miniglm.distributed.team import on_first
+from miniglm.distributed.team import on_first, tell
 from miniglm.errors import MiniGLMError
-from miniglm.files import write_whole
+from miniglm.files import read_json, write_json
 from miniglm.interop.lora import add_adapters, load_adapters, merge_adapters, save_adapters
 from miniglm.large_tokens import training_tokens
-from miniglm.pipeline import Run, answer_bits, text_bits, token_meta, tokenize, train_stage, validation_rows
+from miniglm.pipeline import Run, answer_bits, read_plan, text_bits, token_meta, tokenize, train_stage, validation_rows
 from miniglm.planning import Plan, lengths
 from miniglm.training import Stage
 from miniglm.ui import say
@@ -58,10 +57,11 @@ def read_start(path: Path) -> Start | None:
     record = path / RECORD
     if not record.exists():
         return None
+    fix = "换一个 --out 目录"
     try:
-        return Start(**json.loads(record.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise MiniGLMError(f"读不了（{error}）", path=record, fix="换一个 --out 目录") from None
+        return Start(**read_json(record, fix=fix))
+    except TypeError as error:
+        raise MiniGLMError(f"读不了（{error}）", path=record, fix=fix) from None
 
 
 def finetune_from(run: Run, start: Start) -> None:
@@ -84,7 +84,7 @@ def finetune_from(run: Run, start: Start) -> None:
         if not file.exists():
             raise MiniGLMError("缺少这个文件", path=file, fix="这个目录不完整，请重新下载")
     made = on_first(lambda: _begin(run, start, config)) or _plan(run, start, config)
-    if run.done("model/config.json", "finetune/done.json"):
+    if run.done("finetune/done.json") and tell(has_weights(run.path / "model")):
         run.skip("finetune")
         return
     held = dtype if start.lora else torch.float32
@@ -140,14 +140,14 @@ def _begin(run: Run, start: Start, config: Any) -> Plan:
             fix="换一个 --out 目录",
         )
     tokenize(run)
-    write_whole(run.path / RECORD, json.dumps(asdict(start), ensure_ascii=False, indent=2) + "\n")
+    write_json(run.path / RECORD, asdict(start))
     return _plan(run, start, config)
 
 
 def _plan(run: Run, start: Start, config: Any) -> Plan:
     path = run.path / "plan.json"
     if path.exists():
-        return Plan.from_json(json.loads(path.read_text("utf-8")))
+        return read_plan(path)
     given, minutes = run.recipe.finetune, run.recipe.run.minutes
     context = min(run.recipe.model.context or CONTEXT, config.max_position_embeddings)
     rows = given.rows or 8
@@ -179,7 +179,7 @@ def _plan(run: Run, start: Start, config: Any) -> Plan:
         gigaflops=0.0,
         recipe_lengths=lengths(run.recipe),
     )
-    write_whole(path, json.dumps(made.to_json(), indent=2) + "\n")
+    write_json(path, made.to_json())
     return made
 
 

@@ -15,8 +15,9 @@ from miniglm.checkpoint import read_config
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.summary import SCORES
 from miniglm.files import write_whole
+from miniglm.locate import find_model
 from miniglm.model import ModelConfig
-from miniglm.pipeline import find_model, read_report
+from miniglm.pipeline import read_report
 from miniglm.recipe import DEFAULT_BOOK, Recipe, default_qa, load_recipe
 
 PERCENT = ("key_accuracy", "rouge_l")

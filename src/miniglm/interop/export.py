@@ -6,7 +6,7 @@ from pathlib import Path
 
 from miniglm.checkpoint import load_model, read_config
 from miniglm.errors import MiniGLMError
-from miniglm.pipeline import find_model
+from miniglm.locate import find_model
 
 FORMATS = {"gguf": ("f32", "f16", "q8_0", "q4_0"), "onnx": ("f32", "int8")}
 """The types of each form."""

@@ -105,6 +105,11 @@ def has_index(folder: Path) -> bool:
     return (folder / "index.json").is_file()
 
 
+def answerer_of(run: Path) -> Answerer | None:
+    """What answers from the index of a run folder; None where it has none."""
+    return Answerer(run / "index") if has_index(run / "index") else None
+
+
 class Answerer:
     """Answers questions from an index.
 

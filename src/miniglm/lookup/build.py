@@ -7,7 +7,6 @@ memory afterwards. Validation questions and those that only the book answers are
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -21,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniglm.corpus import Paragraph
-from miniglm.files import write_whole
+from miniglm.files import file_digest, write_whole
+from miniglm.lookup.answer import FORMAT
 from miniglm.lookup.encoder import Bag, Batch, Encoder, build_vocabulary, train_encoder
 from miniglm.lookup.facts import Fact, Memory, facts_of, locate, without
 from miniglm.lookup.features import Sources
@@ -32,7 +32,6 @@ from miniglm.lookup.text import passages, plain, sentences
 from miniglm.qa.formats import Example
 from miniglm.qa.keys import holds_keys
 
-FORMAT = 2
 BATCH = 256
 FACT_EPOCHS, TEXT_EPOCHS, LEAST_STEPS = 60, 2, 60
 """How often the encoder sees each fact and each sentence at most, whatever time there is: more of it only learns the
@@ -188,7 +187,7 @@ def build_index(
     trained = time.monotonic()
     encoder.save(folder / "encoder")
     encoder = Encoder.load(folder / "encoder")  # rounded as it will be when questions come
-    digest = hashlib.sha256((folder / "encoder" / "encoder.safetensors").read_bytes()).hexdigest()
+    digest = file_digest(folder / "encoder" / "encoder.safetensors")
     build_library(paragraphs, encoder, digest, folder / "books")
     library = Library(folder / "books")
     laid = time.monotonic()

@@ -49,7 +49,7 @@ PRESETS = {
     "ollama": Preset("Ollama", "http://localhost:11434/v1", "", "json_schema"),
     "vllm": Preset("vLLM", "http://localhost:8000/v1", "", "json_schema"),
     "llamacpp": Preset("llama.cpp", "http://localhost:8080/v1", "", "json_schema"),
-    "miniglm": Preset("miniglm serve", "http://localhost:8000/v1", "", "none"),
+    "miniglm": Preset("miniglm serve", "http://localhost:7860/v1", "", "none"),
 }
 """By the name that `--provider` takes."""
 OWN = Preset("自定的接口", "", "MINIGLM_API_KEY", "json_schema")

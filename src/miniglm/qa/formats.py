@@ -79,6 +79,10 @@ class QASet:
     rejected: list[Rejected]
     format: str
 
+    def row(self, example: Example) -> dict[str, object]:
+        """An example as the user's own JSON row, or as one of ours where it had none: a table's cells are text."""
+        return to_row(example) if self.format == "csv" or not example.extra else dict(example.extra)
+
 
 class _BadLineError(ValueError):
     """Why one line cannot be used; becomes a `Rejected`."""

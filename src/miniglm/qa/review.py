@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from miniglm.corpus.cleaning import Book
 from miniglm.errors import MiniGLMError
-from miniglm.files import keep_dated
+from miniglm.files import file_digest, keep_dated
 from miniglm.qa.curation import Criteria, curate
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
 from miniglm.qa.grounding import find_verbatim
@@ -67,7 +67,7 @@ class Review:
         self.file = file
         found = read_examples(file)
         self.examples = list(found.examples)
-        self._rows = [to_row(e) if found.format == "csv" or not e.extra else dict(e.extra) for e in self.examples]
+        self._rows = [found.row(e) for e in self.examples]
         seen: Counter[str] = Counter()
         self._names = []
         for row in self._rows:
@@ -123,14 +123,13 @@ class Review:
         """The chapters of the set, in order."""
         return list(dict.fromkeys(str(e.extra["chapter"]) for e in self.examples if "chapter" in e.extra))
 
-    def visible(self, chapter: str = "", doubt: str = "", undecided: bool = False) -> list[int]:
+    def visible(self, chapter: str = "", doubt: str = "") -> list[int]:
         """Rows of a chapter with a doubt; "" is any, and "*" any doubt at all."""
         return [
             number
             for number, example in enumerate(self.examples)
             if chapter in ("", str(example.extra.get("chapter", "")))
             and (not doubt or (doubt == "*" and self.doubts[number]) or doubt in self.doubts[number])
-            and not (undecided and number in self.decisions)
         ]
 
     def current(self, number: int) -> Decision:
@@ -164,7 +163,7 @@ class Review:
         """Writes the set without the rejected rows and with the edits; rows that nobody has looked at are in it. What
         stands there is kept under a name with its date, unless this review has written it. Returns the number of
         rows."""
-        if out.exists() and _digest(out) not in self._written:
+        if out.exists() and file_digest(out) not in self._written:
             keep_dated(out)
         rows = []
         for number, row in enumerate(self._rows):
@@ -174,8 +173,9 @@ class Review:
             elif decision.verdict == "edit":
                 rows.append(self._edited(number, decision))
         write_jsonl(out, rows)
-        self._written.add(_digest(out))
-        self._journal.append({"written": _digest(out)})
+        written = file_digest(out)
+        self._written.add(written)
+        self._journal.append({"written": written})
         return len(rows)
 
     def _edited(self, number: int, decision: Decision) -> dict[str, Any]:
@@ -190,10 +190,6 @@ class Review:
 
     def close(self) -> None:
         self._journal.__exit__(None, None, None)
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def decisions_file(file: Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any
 
 from miniglm.corpus.cleaning import Book
 from miniglm.errors import MiniGLMError
-from miniglm.files import clean_temporaries, clean_temporaries_of, keep_dated, write_whole
+from miniglm.files import clean_temporaries, clean_temporaries_of, file_digest, keep_dated, write_whole
 from miniglm.locking import hold
 from miniglm.qa.endpoint import Endpoint, Reply, RequestError, StopError
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
@@ -371,10 +371,10 @@ class Synthesis:
         mark = self.folder / "written.txt"
         if self.out.exists():
             last = mark.read_text("utf-8").strip() if mark.exists() else ""
-            if _digest_file(self.out) != last:
+            if file_digest(self.out)[:16] != last:
                 keep_dated(self.out)
         write_jsonl(self.out, rows)
-        write_whole(mark, _digest_file(self.out) + "\n")
+        write_whole(mark, file_digest(self.out)[:16] + "\n")
         write_jsonl(rejected_file(self.out), (row for record in records for row in record["rejected"]))
 
 
@@ -415,7 +415,3 @@ def rejected_file(out: Path) -> Path:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _digest_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -24,9 +24,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported; a
 import gradio as gr
 
 from miniglm.chat import with_sources
+from miniglm.checkpoint import read_config
 from miniglm.errors import MiniGLMError
+from miniglm.locate import find_model
 from miniglm.lookup import Citation
-from miniglm.model import ModelConfig
 from miniglm.qa.formats import read_examples
 from miniglm.qa.questions import normalize_question
 from miniglm.serving import page_text
@@ -112,19 +113,14 @@ def facts_of(run: Path | None, *, name: str) -> Facts:
     books = _json(run / "corpus" / "summary.json").get("books")
     if isinstance(books, list):
         facts = replace(facts, books=tuple(str(b["title"]) for b in books if isinstance(b, dict) and b.get("title")))
-    for folder in (run, run / "model", run / "finetune", run / "pretrain"):
-        config = _json(folder / "config.json")
-        try:
-            known = ModelConfig.from_hf(config)
-        except (ValueError, TypeError):
-            continue
+    with suppress(MiniGLMError):
+        known = read_config(find_model(run))
         facts = replace(
             facts,
             parameters=known.num_parameters,
             layers=known.num_hidden_layers,
             context=known.max_position_embeddings,
         )
-        break
     report = run / "report"
     scores = _scores(_json(report / "report.json"))
     return replace(facts, scores=scores, has_report=(report / "report.html").is_file())
@@ -460,8 +456,8 @@ def _ask_tab(
         yield [shown, _shortened(history), "", waiting, gr.update(visible=False), gr.update(visible=True)]
         options = _options(values, limits)
         more = ""
-        source = book if book is not None and values[-1] is not False else service
-        if again and options.temperature == 0 and source is service:
+        looked_in = None if values[-1] is False else book
+        if again and options.temperature == 0 and looked_in is None:
             options = replace(options, temperature=AGAIN)
             more = message("again", language, temperature=AGAIN)
         messages = [{"role": "user", "content": normal}]
@@ -472,7 +468,7 @@ def _ask_tab(
             sources.extend(_sources_of(found.citations))
             yield Piece(with_sources(found), 1)
 
-        pieces = looked_up_pieces(book) if book is not None and source is book else source.chat(messages, options)
+        pieces = service.chat(messages, options) if looked_in is None else looked_up_pieces(looked_in)
         async with aclosing(_told(pieces, language)) as told:  # type: ignore[type-var]
             async for text, clock, wrong in told:
                 said = [_said("assistant", text, sources=sources)] if text.strip() or not wrong else []
@@ -634,21 +630,15 @@ def mount_page(
     feedback: Path | None,
     limits: Limits | None = None,
     book: BookService | None = None,
-    host: str = "127.0.0.1",
-    port: int = 7860,
 ) -> gr.Blocks:
-    """Puts the page at `/` of an application; it takes every path that no earlier route has.
-
-    Args:
-        host, port: where the application will listen; only told to Gradio.
-    """
+    """Puts the page at `/` of an application; it takes every path that no earlier route has."""
     blocks = create_page(service, facts, feedback=feedback, limits=limits, book=book)
     gr.mount_gradio_app(
         app,
         blocks,
         "/",
-        server_name=host,
-        server_port=port,
+        server_name="127.0.0.1",  # only told to Gradio: the application listens where it was told to
+        server_port=7860,
         theme=gr.themes.Base(font=FONTS, font_mono=MONO),  # names of fonts that are there or not; none is fetched
         css_paths=[HERE / "page.css"],
         i18n=cast(gr.I18n, blocks.i18n_instance),

@@ -8,7 +8,6 @@ here, so none of it can be reached.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -92,14 +91,10 @@ class PageShell:
 def _with_headers(send: Send) -> Send:
     async def changed(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": _joined(message["headers"], HEADERS)}
+            message = {**message, "headers": [*message["headers"], *HEADERS]}
         await send(message)
 
     return changed
-
-
-def _joined(headers: Iterable[tuple[bytes, bytes]], more: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    return [*headers, *more]
 
 
 async def _not_found(send: Send) -> None:

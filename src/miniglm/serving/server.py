@@ -123,7 +123,7 @@ def run(
     sock = bind(host, port)
     with contextlib.closing(sock):
         service = _open_service(folder, backend, backend_key, limits, device)
-        _serve(service, _open_book(folder, service), sock, folder, limits, api_key, open_browser, log_prompts, cors)
+        _serve(service, _open_book(folder), sock, folder, limits, api_key, open_browser, log_prompts, cors)
 
 
 def _open_service(
@@ -144,21 +144,20 @@ def _open_service(
     if folder is None:
         raise MiniGLMError("没有给出模型", fix="给出运行目录，例如 miniglm serve runs/demo，或者 --backend 网址")
     from miniglm.checkpoint import load_model
-    from miniglm.pipeline import find_model, pick_device
+    from miniglm.locate import find_model, pick_device
     from miniglm.serving.service import LocalService
 
     model, tokenizer = load_model(find_model(folder), device=str(pick_device(device or "auto")))
     return LocalService(model_name(folder), model, tokenizer, limits)
 
 
-def _open_book(folder: Path | None, service: Service) -> BookService | None:
+def _open_book(folder: Path | None) -> BookService | None:
     """What answers from the book, where the run has an index."""
-    from miniglm.lookup import Answerer, has_index
+    from miniglm.lookup import answerer_of
     from miniglm.serving.book import BookService
 
-    if folder is None or not has_index(folder / "index"):
-        return None
-    return BookService(Answerer(folder / "index"), service.model_id)
+    answerer = None if folder is None else answerer_of(folder)
+    return None if answerer is None else BookService(answerer)
 
 
 def _serve(
