@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from running import fails, miniglm
 from safetensors.torch import load_file
 from small_runs import (
@@ -207,6 +210,34 @@ def dropped(folder: Path) -> None:
 def test_dropout_is_the_same_on_every_repetition(tmp_path: Path) -> None:
     together(2, dropped, tmp_path)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+MEETS = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print("connected" if dist.is_initialized() else "left"))  # called last
+from miniglm.distributed import team
+team.join()
+team.tell(team.total(1.0))
+"""
+
+
+def test_connections_are_taken_down_before_the_process_ends() -> None:
+    """Else C++ ends some of the processes with SIGABRT, when all is done."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    where |= {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETS],
+            env=os.environ | where | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    assert [process.communicate(timeout=120)[0] for process in started] == ["left\n"] * 2
+    assert [process.returncode for process in started] == [0, 0]
 
 
 # The command line -------------------------------------------------------------------------------------------------------

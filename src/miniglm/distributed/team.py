@@ -5,6 +5,7 @@ Everything sent is numbers and JSON, never a pickle. Knows nothing of models.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -53,6 +54,16 @@ def join() -> None:
                 backend, store=_meet(), rank=launch.rank(), world_size=launch.size(), timeout=SILENCE
             )
         _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Takes the connections down while their threads can still be ended: left to the end of the process, C++ often
+    takes a thread away while it runs, and the process ends with SIGABRT though all its work is done."""
+    global _patient
+    _patient = None
+    if dist.is_initialized():  # Ray ends it itself
+        dist.destroy_process_group()
 
 
 def _meet() -> Any:
