@@ -82,6 +82,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, muon: bool, micro_row
         assert torch.equal(a, b)
 
 
+def test_a_stop_when_a_validation_is_due_only_delays_it(tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, model(), stage(), on_progress=stop)  # after step 4, at which a validation is due
+    run(tmp_path, model(), stage())
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [5, 8, 12]
+
+
 def test_a_killed_run_forgets_numbers_past_its_state(tmp_path: Path) -> None:
     run(tmp_path, model(), stage(steps=4))
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:

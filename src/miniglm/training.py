@@ -310,6 +310,10 @@ def train(
     def fraction() -> float:
         return step / stage.steps if stage.steps is not None else elapsed / (60.0 * (stage.minutes or 1.0))
 
+    def evaluations_due() -> int:
+        """How many validations should have been by now."""
+        return step // stage.evaluate_every if stage.evaluate_every else int(fraction() * EVALUATIONS + 1e-9)
+
     micro_rows = min(stage.micro_rows or stage.rows, engine.rows(stage.rows))
     early, last_save, save_after = False, time.monotonic(), SAVE_EVERY_SECONDS
     fresh, last = last is None, None  # its tensors would stay in memory for the whole stage
@@ -372,17 +376,13 @@ def train(
             if returned:
                 go_back(f"连续 {guard.skipped} 步不能用（{fault}）", row)
             over = fraction() >= 1.0
-            due = (
-                step % stage.evaluate_every == 0
-                if stage.evaluate_every
-                else int(fraction() * EVALUATIONS + 1e-9) > evaluations
-            )
+            due = evaluations_due() > evaluations  # one step late if a stop came between
             saving = over or due or bool(stopping) or returned or stale
             if saving and not engine.finite():
                 go_back(f"第 {step} 步以后权重里有 NaN 或无穷大", row)
             if over or (due and not stopping):
                 begun = time.monotonic()
-                evaluations = max(evaluations + 1, int(fraction() * EVALUATIONS + 1e-9))
+                evaluations = max(evaluations, evaluations_due())
                 model.eval()
                 with (
                     torch.inference_mode(),
