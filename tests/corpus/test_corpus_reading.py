@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import io
-import time
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -179,9 +179,7 @@ def test_50_megabytes_on_one_line(tmp_path: Path, encoding: str) -> None:
     size = 50_000_000 // len(line.encode(encoding))
     path = tmp_path / "长.txt"
     path.write_bytes((line * size).encode(encoding))
-    begun = time.perf_counter()
     (book,) = load_books([str(path)])
-    assert time.perf_counter() - begun < 20
     assert book.encoding == encoding
     assert book.characters == len(line) * size
     assert max(len(paragraph.text) for paragraph in book.paragraphs) <= 2000
@@ -238,10 +236,13 @@ def test_a_true_zip_bomb_costs_nothing(tmp_path: Path) -> None:
         with archive.open("EPUB/zeros.opf", "w", force_zip64=True) as member:
             for _ in range(210):
                 member.write(bytes(1 << 20))
-    begun = time.perf_counter()
-    with pytest.raises(MiniGLMError, match="上限"):
-        reading.read_text(path)
-    assert time.perf_counter() - begun < 0.5
+    tracemalloc.start()
+    try:
+        with pytest.raises(MiniGLMError, match="上限"):
+            reading.read_text(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**22  # of its 210 MiB hardly any is unpacked
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_broken_epub_and_a_missing_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
