@@ -306,6 +306,23 @@ def test_what_cannot_be_served_is_said_in_one_line(model_folder: Path, server: R
             assert word in str(caught.value) and "\n" not in str(caught.value)
     fails("serve", tmp_path / "none", "--port", "0", words=("none", "没有这个目录"))
     fails("serve", model_folder, MINIGLM_API_KEY="密码", words=("--api-key",))
+    shutil.copytree(model_folder, tmp_path / "old" / "model")
+    (tmp_path / "old" / "index").mkdir()
+    (tmp_path / "old" / "index" / "index.json").write_text('{"format": 0}', "utf-8")
+    fails("serve", tmp_path / "old", "--port", "0", words=("index", "读不出来"))
+
+
+def test_the_engine_ends_with_a_server_that_cannot_start(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python takes a thread down at the exit wherever it is, and out of torch's code only with the whole process."""
+
+    def stop(*given: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("miniglm.serving.app.create_app", stop)
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        run(model_folder, port=0)
+    assert [t.name for t in threading.enumerate() if t not in before and t.name == "miniglm-engine"] == []
 
 
 def test_the_model_is_named_after_its_run(tmp_path: Path) -> None:

@@ -122,8 +122,12 @@ def run(
     limits = limits or Limits()
     sock = bind(host, port)
     with contextlib.closing(sock):
+        book = _open_book(folder)
         service = _open_service(folder, backend, backend_key, limits, device)
-        _serve(service, _open_book(folder), sock, folder, limits, api_key, open_browser, log_prompts, cors)
+        try:
+            _serve(service, book, sock, folder, limits, api_key, open_browser, log_prompts, cors)
+        finally:
+            _end(service, 0.0)
 
 
 def _open_service(
@@ -149,6 +153,14 @@ def _open_service(
 
     model, tokenizer = load_model(find_model(folder), device=str(pick_device(device or "auto")))
     return LocalService(model_name(folder), model, tokenizer, limits)
+
+
+def _end(service: Service, seconds: float) -> None:
+    """Ends the engine's thread: one that is in the midst of torch when the process ends takes it down with SIGABRT."""
+    from miniglm.serving.service import LocalService
+
+    if isinstance(service, LocalService):
+        service.close(seconds)
 
 
 def _open_book(folder: Path | None) -> BookService | None:
@@ -212,8 +224,7 @@ def _serve(
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
     async def drain() -> None:
-        if isinstance(service, LocalService):
-            await asyncio.to_thread(service.close, limits.shutdown_seconds)
+        await asyncio.to_thread(_end, service, limits.shutdown_seconds)
 
     server = uvicorn_server(app, limits, state, ready, drain)
     # The packages' hundreds of thousands of objects stay to the end: looking through them for garbage, while answers
