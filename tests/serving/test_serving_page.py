@@ -781,6 +781,7 @@ def test_with_an_index_the_book_answers_unless_the_reader_wants_the_model(
         assert answers(page)[0].startswith(with_sources(book.answerer.answer("古庙里住着谁？")))
         assert "【第一回】" in answers(page)[0] and "山中有一座古庙" in answers(page)[0]
         assert service.asked == [], "the model is not asked"
+        assert re.fullmatch(r"用时 \d+\.\d\d 秒 · 共 \d+ 字", page.locator("#speed").inner_text())
         page.locator("#look-up input").uncheck()
         ask(page, "曹操是哪里人")
         assert answers(page)[-1] == ANSWER and len(service.asked) == 1

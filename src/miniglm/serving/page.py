@@ -282,8 +282,10 @@ class _Clock:
         if self.first is None:
             return _line(message("waiting", language))
         passed, after = self.last - self.first, self.characters - self.at_first
-        rate = f"{after / passed:,.0f}" if after and passed > 0 else "—"
         first = f"{self.first - self.begun:.2f}"
+        if not after or passed <= 0:  # it came in one piece
+            return _line(message("at_once", language, first=first, characters=self.characters) + more)
+        rate = f"{after / passed:,.0f}"
         return _line(message("speed", language, first=first, rate=rate, characters=self.characters) + more)
 
 

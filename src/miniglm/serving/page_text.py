@@ -91,6 +91,7 @@ MESSAGES: dict[str, tuple[str, str]] = {
         "首字 {first} 秒 · 每秒 {rate} 字 · 共 {characters:,} 字",
         "first character {first} s · {rate} characters/s · {characters:,} characters",
     ),
+    "at_once": ("用时 {first} 秒 · 共 {characters:,} 字", "{first} s · {characters:,} characters"),
     "again": (" · 重答用了温度 {temperature}", " · answered again at temperature {temperature}"),
     "liked": ("已记下：赞", "Noted: liked"),
     "disliked": ("已记下：踩", "Noted: disliked"),
