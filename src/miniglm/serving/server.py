@@ -122,8 +122,9 @@ def run(
     limits = limits or Limits()
     sock = bind(host, port)
     with contextlib.closing(sock):
+        book = _open_book(folder)  # before the engine's thread begins: this may fail, and end the process
         service = _open_service(folder, backend, backend_key, limits, device)
-        _serve(service, _open_book(folder), sock, folder, limits, api_key, open_browser, log_prompts, cors)
+        _serve(service, book, sock, folder, limits, api_key, open_browser, log_prompts, cors)
 
 
 def _open_service(
