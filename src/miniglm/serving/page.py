@@ -53,8 +53,8 @@ PAUSE = 0.03
 AGAIN = 0.8
 """Temperature of a second answer to the same question where the settings say 0, which would repeat the first."""
 QUEUE_SECONDS = 0.02
-"""How often gradio's queue looks for work. Its own 1 ms wakes an idle server a thousand times a second, and each time
-takes the interpreter from the engine: answers through the API took a third longer."""
+"""How often gradio's queue looks for work. Its own 1 ms wakes a server hundreds of times a second, an idle one too, and
+each time takes the interpreter from the engine."""
 NOTICE = "notice"
 """Marks a line in the conversation that the page wrote, not the model."""
 SOURCES, EXCERPT = 5, 10
