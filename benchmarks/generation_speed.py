@@ -1,27 +1,36 @@
 """Generation of one long text beside the reference's loop, transformers' `generate` and llama.cpp, on the same weights.
 
-    python benchmarks/generation_speed.py [--model default|reference] [--tokens 1500] [--gguf FILE] [--rounds 5]
+    python benchmarks/generation_speed.py [--model default|reference] [--tokens 1500] [--rounds 5] [--no-llama-cpp]
 
 The reference's loop runs the whole window again for every token; --reference-tokens of it are timed once its window is
-full, where each costs the same. --gguf is the same model's float32 export, for llama.cpp through xllamacpp.
+full, where each costs the same. llama.cpp runs through xllamacpp on a float32 GGUF of the same model, written for the
+occasion, with its own defaults and as many threads as torch.
 Random weights: speed does not depend on them, and no sequence ends early.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
+import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the command line has it; before numpy is loaded
 
 import torch
 from side_by_side import alternate, median_ratio, parser, report
 from training_speed import MODELS
 
 from miniglm.generation import Engine, SamplingSettings
+from miniglm.interop.to_gguf import export_gguf
 from miniglm.model import GLM
+from miniglm.tokenizer import train_tokenizer
 
 PROMPT = list(range(20, 32))
 
@@ -52,19 +61,31 @@ def transformers_generate(model: GLM, count: int) -> Callable[[], object]:
     return lambda: theirs.generate(ids, max_new_tokens=count, do_sample=False, use_cache=True, eos_token_id=None)
 
 
-def llama_cpp(gguf: Path, count: int) -> Callable[[], object]:
+def llama_cpp(model: GLM, folder: Path, count: int) -> Callable[[], object]:
     """llama.cpp on the exported weights, as many threads as torch has."""
-    import json
-
     import xllamacpp  # type: ignore[import-untyped]
 
+    tokenizer = train_tokenizer(["曹操字孟德"], vocab_size=None, corpus_characters=5)  # the other rows are unused
+    export_gguf(model, tokenizer, folder / "f32.gguf", type="f32", name="random")
     settings = xllamacpp.CommonParams()
-    settings.model.path = str(gguf)
+    settings.model.path = str(folder / "f32.gguf")
     settings.n_ctx = count + 2 * len(PROMPT)
-    settings.cpuparams.n_threads = torch.get_num_threads()
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = torch.get_num_threads()
+    settings.n_parallel = 1
+    settings.fit_params = False
+    settings.port = settings.verbosity = 0
     server = xllamacpp.Server(settings)
-    request = {"prompt": PROMPT, "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
-    return lambda: server.handle_completions(json.dumps(request))
+    asked = {"prompt": PROMPT, "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    body, headers = json.dumps(asked).encode(), {"Content-Type": "application/json"}
+
+    def generate() -> None:
+        request = urllib.request.Request(server.listening_address + "/completion", body, headers)
+        with urllib.request.urlopen(request) as reply:
+            made = json.load(reply)["tokens_predicted"]
+        if made != count:
+            raise SystemExit(f"llama.cpp made {made} tokens, not {count}")
+
+    return generate
 
 
 def main() -> None:
@@ -73,7 +94,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=1500)
     options.add_argument("--reference-tokens", type=int, default=20)
     options.add_argument("--batch", type=int, default=32)
-    options.add_argument("--gguf", type=Path)
+    options.add_argument("--no-llama-cpp", action="store_true")
     given = options.parse_args()
     window = MODELS[given.model].max_position_embeddings
     # Room for the whole text: a window that moves would measure prefills instead.
@@ -92,10 +113,11 @@ def main() -> None:
         ),
         "transformers generate": lambda: speed(given.tokens, theirs),
     }
-    if given.gguf is not None:
-        llama = llama_cpp(given.gguf, given.tokens)
-        subjects["llama.cpp"] = lambda: speed(given.tokens, llama)
-    found = alternate(subjects, given.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        if not given.no_llama_cpp:
+            llama = llama_cpp(model, Path(folder), given.tokens)
+            subjects["llama.cpp"] = lambda: speed(given.tokens, llama)
+        found = alternate(subjects, given.rounds)
     rows = [
         {
             "": name,

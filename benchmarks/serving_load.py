@@ -4,7 +4,8 @@
 
 Starts the server on a free loopback port; the clients are this process. Each asks the run's validation questions, one
 after another on a new connection each, greedy, with the server's own limit of tokens, so answers are as long as users
-get them. A refusal with 429 is counted and tried again after what Retry-After says. With `--requests` that many more
+get them. The row "chat" is what `miniglm chat` does with the same questions, one after another, in a process of its own
+before the server starts: one request alone should be as fast. A refusal with 429 is counted and tried again after what Retry-After says. With `--requests` that many more
 requests are made by 32 clients, every tenth left in the middle, while the server's memory is watched.
 """
 
@@ -69,6 +70,42 @@ def serving(run: Path) -> Iterator[tuple[int, psutil.Process]]:
         process.send_signal(signal.SIGTERM)
         if code := process.wait():
             print(f"the server ended with {code}", file=sys.stderr)
+
+
+CHAT = """
+import json, sys, time
+from pathlib import Path
+import miniglm.cli  # sets what the command line sets
+from miniglm.chat import ChatSession
+from miniglm.checkpoint import load_model
+from miniglm.generation import SamplingSettings
+from miniglm.locate import find_model
+
+model, tokenizer = load_model(find_model(Path(sys.argv[1])))
+session = ChatSession(model, tokenizer, SamplingSettings(stop_ids=tokenizer.stop_ids))
+characters, answers, end = 0, 0, None
+for question in json.load(sys.stdin):
+    for piece in session.reply(question):
+        characters += len(piece)
+    now = time.perf_counter()
+    if end is None and answers == 9:  # those warmed up
+        characters, answers, begin, end = 0, -1, now, now + float(sys.argv[2])
+    answers += 1
+    if end is not None and now > end:
+        break
+print(json.dumps([characters / (now - begin), answers]))
+"""
+
+
+def chat(run: Path, asked: list[str], seconds: float) -> dict[str, Any]:
+    """Characters a second of `miniglm chat` with the questions in the first client's order."""
+    order = asked[:]
+    random.Random(0).shuffle(order)
+    repeated = list(itertools.islice(itertools.cycle(order), 100_000))
+    command = [sys.executable, "-c", CHAT, str(run), str(seconds)]
+    done = subprocess.run(command, input=json.dumps(repeated), stdout=subprocess.PIPE, text=True, check=True)
+    speed, answers = json.loads(done.stdout)
+    return {"characters_per_second": speed, "answers": answers}
 
 
 def questions(run: Path) -> list[str]:
@@ -188,6 +225,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     asked = questions(given.run)
+    alone = chat(given.run, asked, given.seconds)
     with serving(given.run) as (port, server):
         import urllib.request
 
@@ -197,6 +235,7 @@ def main() -> None:
         print(
             f"{'clients':>7}  {'char/s':>8}  {'to one':>6}  {'answers':>7}  {'first, median':>13}  {'p95':>7}  errors"
         )
+        print(f"{'chat':>7}  {alone['characters_per_second']:>8,.0f}  {'':>6}  {alone['answers']:>7}")
         for clients in given.clients:
             row = asyncio.run(load(port, model, asked, clients, given.seconds))
             rows.append(row)
@@ -215,7 +254,7 @@ def main() -> None:
         rss = server.memory_info().rss / 2**20
     print(f"server's memory at the end {rss:,.1f} MiB; {os.cpu_count()} cores")
     if given.json:
-        found = {"load": rows, "memory_mib": memory, "final_mib": rss, "cores": os.cpu_count()}
+        found = {"chat": alone, "load": rows, "memory_mib": memory, "final_mib": rss, "cores": os.cpu_count()}
         given.json.write_text(json.dumps(found, ensure_ascii=False, indent=2) + "\n", "utf-8")
 
 

@@ -26,16 +26,29 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("packed", [True, False])
+WAYS: dict[str, dict[str, object]] = {
+    "each by itself": {},
+    "few together": {"miniglm.decoding.BY_ITSELF": 0},
+    "many together": {"miniglm.decoding.BY_ITSELF": 0, "miniglm.packed.FEW": 0},
+    "many without oneDNN": {
+        "miniglm.decoding.BY_ITSELF": 0,
+        "miniglm.packed.FEW": 0,
+        "torch.backends.mkldnn.is_available": lambda: False,
+    },
+    "not packed": {"miniglm.packed.MAX_PACKED": 0},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.inference_mode()
-def test_cached_logits_are_the_uncached_ones(name: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_logits_are_the_uncached_ones(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences of different length, one leaving in the middle and another taking its slot."""
-    if not packed:
-        monkeypatch.setattr("miniglm.decoding.MAX_PACKED", 0)
+    for target, value in WAYS[way].items():
+        monkeypatch.setattr(target, value)
     model = random_model(CONFIGS[name])
     decoder = CachedDecoder(model, slots=3, capacity=40)
-    assert (decoder.packed is not None) == packed
+    assert (decoder.packed is not None) == (way != "not packed")
     ids = torch.randint(0, 61, (3, 40), generator=torch.Generator().manual_seed(1))
     lengths = [5, 12, 9]
     full = model.logits(model(ids))

@@ -7,36 +7,15 @@ which token is taken next (generation.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from miniglm.model import GLM, MLP, DecoderLayer, RMSNorm, rotate
-
-MAX_PACKED = 2**28
-"""Bytes of weights that are copied into the layout that single rows are fastest with; larger models stay as they are,
-for there the copy costs more memory than it saves time."""
-
-ALONE = 16
-"""Below so many rows a small model is read by one thread: there is too little to share, and where another process has
-the second core, each product waits for it (75 ms a token in place of 1.3, measured on 2 cores)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Packed:
-    """A layer's matrices as (in, out), so that one row times a matrix reads it in order; q, k and v as one; the weight
-    of the norm before a matrix is multiplied into it."""
-
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    o: Tensor
-    gate_up: Tensor
-    down: Tensor
+from miniglm.model import GLM, DecoderLayer, rotate
+from miniglm.packed import BY_ITSELF, FEW, Alone, Packed, attend, pack
 
 
 class CachedDecoder:
@@ -49,9 +28,10 @@ class CachedDecoder:
         model: its weights are copied where it is small: make a new decoder after training them further.
         slots: sequences at once.
         capacity: tokens of a sequence that are remembered.
+        packed: what `pack` made of the model, where that is there already.
     """
 
-    def __init__(self, model: GLM, slots: int, capacity: int) -> None:
+    def __init__(self, model: GLM, slots: int, capacity: int, packed: Packed | None = None) -> None:
         self.model, self.config, self.capacity = model, model.config, capacity
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -64,17 +44,11 @@ class CachedDecoder:
         # keys and values of a layer in one array, so that one write stores both: (slots, 2 · kv heads, capacity, dim)
         shape = (slots, 2 * self.kv_heads, capacity, self.head_dim)
         self.cache = [torch.zeros(shape, device=self.device, dtype=self.dtype) for _ in model.model.layers]
-        layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
-        self.layers = layers
-        small = model.config.num_parameters * weight.element_size() <= MAX_PACKED
-        plain = all(type(module) is nn.Linear for layer in layers for module in _matrices(layer))
-        plain = plain and self.dtype == torch.float32
-        self.packed = [_pack(layer) for layer in layers] if small and plain else None
-        self.head = _behind_norm(model.lm_head.weight, model.model.norm) if small and plain else None
-        # sqrt(sum of squares / D + eps) is hypot(norm, sqrt(D · eps)) / sqrt(D): three operations in place of eight
-        self.floor = torch.tensor(
-            math.sqrt(config.hidden_size * config.rms_norm_eps), device=self.device, dtype=self.dtype
-        )
+        self.layers = [layer for layer in model.model.layers if isinstance(layer, DecoderLayer)]
+        self.packed = packed or pack(model)
+        self.alone: Alone | None = None
+        if self.packed is not None and self.device.type == "cpu":
+            self.alone = Alone(config, self.packed, weight, self.cache)
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copies what slot `source` has of its first `length` positions to slot `target`."""
@@ -95,6 +69,8 @@ class CachedDecoder:
         Returns:
             Logits after the last token of each, (n + len(whole), V).
         """
+        if self.alone is not None and len(ids) <= BY_ITSELF and not whole:
+            return torch.stack([self.alone.step(*each) for each in zip(ids, positions, range(len(ids)), strict=True)])
         n = len(ids)
         spans: list[tuple[int, int, int]] = []  # slot, first row, end
         flat, places, last = list(ids), list(positions), list(range(n))
@@ -103,8 +79,8 @@ class CachedDecoder:
             flat += sequence
             places += range(len(sequence))
             last.append(len(flat) - 1)
-        alone = self.packed is not None and self.device.type == "cpu" and len(flat) < ALONE
-        with _threads(1) if alone else nullcontext():
+        few = self.alone is not None and len(flat) < FEW
+        with _threads(1) if few else nullcontext():
             return self._read(flat, places, positions, spans, last)
 
     def _read(
@@ -130,17 +106,25 @@ class CachedDecoder:
         x = self.model.embed(torch.tensor(flat, device=self.device), at)
         mask, seen = self._mask(positions), max(positions, default=-1) + 1
         slots = torch.arange(n, device=self.device)
+        scale = None if self.packed is None else 1.0  # it is in the weights
         for number, layer in enumerate(self.layers):
             qkv = self._qkv(number, x, table)
             q, kv, cache = qkv[:, : self.heads], qkv[:, self.heads :], self.cache[number]
             parts: list[Tensor] = []
             if n:
-                cache[slots, :, at[:n]] = kv[:n]
+                if self.alone is not None:  # as below; numpy takes a tenth of the time
+                    cache.numpy()[slots.numpy(), :, at[:n].numpy()] = kv[:n].numpy()
+                else:
+                    cache[slots, :, at[:n]] = kv[:n]
                 past = cache[:n, :, :seen]
+                keys, values = past[:, : self.kv_heads], past[:, self.kv_heads :]
                 # The query heads of a group see the same keys: they stand as that many queries of one head.
                 grouped = q[:n].reshape(n, self.kv_heads, -1, self.head_dim)
-                keys, values = past[:, : self.kv_heads], past[:, self.kv_heads :]
-                parts.append(F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(n, -1))
+                if self.alone is not None:
+                    parts.append(attend(keys.numpy(), values.numpy(), grouped.numpy(), mask))
+                else:
+                    y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+                    parts.append(y.reshape(n, -1))
             for slot, begin, end in spans:
                 own = kv[begin:end].transpose(0, 1)
                 cache[slot, :, : end - begin] = own
@@ -150,13 +134,16 @@ class CachedDecoder:
                     own[None, self.kv_heads :],
                     is_causal=True,
                     enable_gqa=layer.self_attn.grouped,
+                    scale=scale,
                 )
                 parts.append(seq[0].transpose(0, 1).flatten(1))
             y = parts[0] if len(parts) == 1 else torch.cat(parts)
             if spans and number == len(self.layers) - 1:  # of the rest only the keys and values were wanted
                 x, y = x[last], y[last]
             x = self._after_attention(number, x, y)
-        return self.model.logits(self.model.model.norm(x)) if self.head is None else self._scaled(x) @ self.head
+        if self.packed is None:
+            return self.model.logits(self.model.model.norm(x))
+        return self.packed.head(self.packed.scaled(x))
 
     def _mask(self, positions: Sequence[int]) -> Tensor | None:
         """Added to the scores of sequences of different length, (n, 1, 1, longest): each sees its own positions."""
@@ -173,8 +160,10 @@ class CachedDecoder:
             attention, x = self.layers[number].self_attn, self.layers[number].input_layernorm(x)
             qkv = torch.cat((attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)), dim=-1)
         else:
-            packed, x = self.packed[number], self._scaled(x)
-            qkv = x @ packed.qkv if packed.qkv_bias is None else torch.addmm(packed.qkv_bias, x, packed.qkv)
+            packed = self.packed.layers[number]
+            qkv = packed.qkv(self.packed.scaled(x))
+            if packed.qkv_bias is not None:
+                qkv += packed.qkv_bias
         qkv = qkv.view(len(x), -1, self.head_dim)
         turned = qkv[:, : self.heads + self.kv_heads]
         if qkv.dtype == torch.float32:  # in place, without a copy
@@ -191,15 +180,10 @@ class CachedDecoder:
             x = x + layer.self_attn.o_proj(y)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
             return x
-        packed = self.packed[number]
-        x = torch.addmm(x, y, packed.o)
-        gate, up = (self._scaled(x) @ packed.gate_up).chunk(2, dim=-1)
-        return torch.addmm(x, F.silu(gate).mul_(up), packed.down)
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        """What a norm leaves but for its weight and sqrt(D), which are in the packed matrix behind it."""
-        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return x / torch.hypot(norm, self.floor)
+        packed = self.packed.layers[number]
+        x = packed.o(y, x)
+        gate, up = packed.gate_up(self.packed.scaled(x)).chunk(2, dim=-1)
+        return packed.down(F.silu(gate).mul_(up), x)
 
 
 @contextmanager
@@ -210,29 +194,3 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _matrices(layer: DecoderLayer) -> Sequence[nn.Module]:
-    """What `_pack` takes the weights of; adapters and the parts of other architectures are no `nn.Linear` there."""
-    attention, mlp = layer.self_attn, layer.mlp
-    if type(mlp) is not MLP:
-        return [mlp]
-    return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
-
-
-def _pack(layer: DecoderLayer) -> _Packed:
-    attention, mlp = layer.self_attn, layer.mlp
-    three = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases: list[Tensor] = [module.bias for module in three if module.bias is not None]
-    return _Packed(
-        qkv=_behind_norm(torch.cat([module.weight for module in three]), layer.input_layernorm),
-        qkv_bias=torch.cat(biases) if biases else None,
-        o=attention.o_proj.weight.t().contiguous(),
-        gate_up=_behind_norm(mlp.gate_up_proj.weight, layer.post_attention_layernorm),
-        down=mlp.down_proj.weight.t().contiguous(),
-    )
-
-
-def _behind_norm(weight: Tensor, norm: RMSNorm) -> Tensor:
-    """A matrix (out, in) as (in, out) that reads `CachedDecoder._scaled` in place of the norm."""
-    return (weight * norm.weight * math.sqrt(weight.shape[1])).t().contiguous()

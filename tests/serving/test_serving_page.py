@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import gradio as gr
 import httpx
 import pytest
 import uvicorn
@@ -35,7 +36,7 @@ from miniglm.serving.app import create_app
 from miniglm.serving.backend import RemoteService
 from miniglm.serving.book import BookService
 from miniglm.serving.guards import State
-from miniglm.serving.page import Facts, SplitScore, facts_of, mount_page, opened, unveiled, veiled
+from miniglm.serving.page import Facts, SplitScore, create_page, facts_of, mount_page, opened, unveiled, veiled
 from miniglm.serving.page_text import MESSAGES, TEXTS
 from miniglm.serving.service import LocalService, Options, Piece, Service, ServiceError
 from miniglm.serving.settings import Limits
@@ -662,6 +663,12 @@ def test_only_what_the_page_needs_is_open(site: Site) -> None:
             for method in ("GET", "POST"):
                 assert client.request(method, path).status_code == 404, path
         assert "secret" not in client.get("config").text.replace('"secret":"miniglm-conversation"', "")
+
+
+def test_an_idle_page_leaves_the_engine_alone(service: Scripted) -> None:
+    """gradio's queue looks for work a thousand times a second, unless it is told under a name that it knows."""
+    assert hasattr(gr.Blocks()._queue, "sleep_when_free")
+    assert create_page(service, FACTS, feedback=None)._queue.sleep_when_free >= 0.01
 
 
 def test_every_text_is_in_both_languages() -> None:

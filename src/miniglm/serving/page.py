@@ -52,6 +52,9 @@ PAUSE = 0.03
 """Seconds between two updates of the page: more of them cannot be seen, and cost the engine time."""
 AGAIN = 0.8
 """Temperature of a second answer to the same question where the settings say 0, which would repeat the first."""
+QUEUE_SECONDS = 0.02
+"""How often gradio's queue looks for work. Its own 1 ms wakes a server hundreds of times a second, an idle one too, and
+each time takes the interpreter from the engine."""
 NOTICE = "notice"
 """Marks a line in the conversation that the page wrote, not the model."""
 SOURCES, EXCERPT = 5, 10
@@ -359,6 +362,7 @@ def create_page(
                 _continue_tab(service, facts, i18n, limits)
     # As many at once as the engine has slots; what is more waits in the engine, which says when it is full.
     blocks.queue(default_concurrency_limit=limits.slots, api_open=False)
+    blocks._queue.sleep_when_free = QUEUE_SECONDS
     return blocks
 
 

@@ -147,10 +147,14 @@ def _open_service(
         return remote
     if folder is None:
         raise MiniGLMError("没有给出模型", fix="给出运行目录，例如 miniglm serve runs/demo，或者 --backend 网址")
+    import torch
+
     from miniglm.checkpoint import load_model
     from miniglm.locate import find_model, pick_device
     from miniglm.serving.service import LocalService
 
+    # A core is left to the connections: each product waits for the last of its threads.
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     model, tokenizer = load_model(find_model(folder), device=str(pick_device(device or "auto")))
     return LocalService(model_name(folder), model, tokenizer, limits)
 

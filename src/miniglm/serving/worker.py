@@ -19,8 +19,11 @@ PREFILL_TOKENS = 1024
 """Prompt tokens read in one step: what runs waits for them, a few hundredths of a second on a laptop."""
 
 PIECES_PER_SECOND = 1000
-"""How often readers in an event loop are woken, all together: with one running sequence at each token, with 32 about 30
-times a second each. Sending a piece costs about as much as a small model's token, however long the piece is."""
+"""How often readers in an event loop are woken, all together: with 32 running sequences about 30 times a second each.
+Sending a piece costs about as much as a small model's token, however long the piece is."""
+
+PIECES_EACH = 250
+"""And how often each of them at most: no eye tells it from more."""
 
 
 class QueueFull(Exception):
@@ -263,7 +266,7 @@ class Worker:
                 del self._running[key]
             self._tell(request)
         now = time.monotonic()
-        if (now - self._woken) * PIECES_PER_SECOND >= len(self._running):
+        if now - self._woken >= max(1 / PIECES_EACH, len(self._running) / PIECES_PER_SECOND):
             self._woken = now
             due = list(self._news)
         else:  # a first token and an end are not kept waiting
