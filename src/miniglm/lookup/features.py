@@ -23,6 +23,7 @@ from miniglm.lookup.text import (
     REASON,
     SPEECH,
     Grams,
+    Plain,
     distinct,
     grams,
     has_numeral,
@@ -38,7 +39,7 @@ FACTS = 20
 PASSAGES = 40
 """Passages that it chooses among, and how many each of BM25 and vectors brings."""
 KEPT = 10_000
-"""Facts, and passages, of which what does not depend on the question is kept: some 10 KB each."""
+"""Facts, and passages, of which what does not depend on the question is kept: some 10 KB, and 1 KB, each."""
 FACT_FEATURES = (
     "bm25_told", "bm25_wide",
     "cos_question", "cos_answer", "cos_together", "cos_context",
@@ -74,7 +75,7 @@ class Query:
         self.grams = grams(self.plain)
         self.distinct = distinct(self.grams)
         self.pairs = pairs(self.distinct)
-        self.triples = triples(self.plain)
+        self.triples = distinct(triples(self.plain))
         self.kinds = kinds(text)
         bag = vocabulary.bag(self.plain)
         self.vector = encoder.bag(bag)
@@ -86,7 +87,14 @@ class Query:
 
     def held(self, texts: Sequence[Grams]) -> NDArray[np.bool_]:
         """(texts, distinct n-grams) whether each text holds each of the question's n-grams."""
-        return _holds(self.distinct, texts)
+        return holds(self.distinct, texts)
+
+    def share(self, texts: Sequence[Grams]) -> Floats:
+        """(texts,) share of each text's n-grams that the question has."""
+        sizes = [len(text) for text in texts]
+        known, _ = _places(self.distinct, np.concatenate(texts))
+        held = np.bincount(np.repeat(np.arange(len(texts)), sizes), weights=known, minlength=len(texts))
+        return (held / np.maximum(sizes, 1)).astype(np.float32)
 
     def cover(self, held: NDArray[np.bool_], among: NDArray[np.bool_] | None = None) -> Floats:
         """(texts,) share of the n-grams' weight that is held."""
@@ -102,7 +110,11 @@ class Query:
     def soft(self, bags: Sequence[Bag]) -> Floats:
         """(bags,) of each of the question's n-grams the best cosine with one of the bag's, weighted by its vector's
         length."""
-        rows, places = np.unique(np.concatenate(bags), return_inverse=True)
+        every = np.concatenate(bags)
+        wanted = np.zeros(len(self.encoder.lengths), dtype=bool)
+        wanted[every] = True
+        rows = np.flatnonzero(wanted)
+        places = (np.cumsum(wanted) - 1)[every]
         vectors, lengths = self.encoder.vectors.numpy()[rows], self.encoder.lengths.numpy()[rows]
         near = (vectors @ self.directions.T / np.maximum(lengths, 1e-6))[places]
         best: Floats = np.maximum.reduceat(near, _starts(bags), axis=0) @ self.strength
@@ -128,13 +140,20 @@ def _starts(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     return np.cumsum([0, *(len(part) for part in parts[:-1])])
 
 
-def _holds(wanted: NDArray[Any], texts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
-    """(texts, wanted) whether each text has each of the wanted numbers; a text's numbers rise."""
+def holds(wanted: NDArray[Any], texts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+    """(texts, wanted) whether each text has each of the wanted numbers, which rise."""
     table = np.zeros((len(texts), len(wanted)), dtype=bool)
-    for row, text in zip(table, texts, strict=True):
-        if len(text):
-            row[:] = text[np.minimum(np.searchsorted(text, wanted), len(text) - 1)] == wanted
+    known, places = _places(wanted, np.concatenate(texts))
+    table[np.repeat(np.arange(len(texts)), [len(text) for text in texts])[known], places[known]] = True
     return table
+
+
+def _places(wanted: NDArray[Any], found: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which of the numbers found are wanted, and where each of these stands among the wanted ones, which rise."""
+    if not len(wanted):
+        return np.zeros(len(found), dtype=bool), np.zeros(len(found), dtype=np.int64)
+    places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+    return wanted[places] == found, places
 
 
 def _relative(scores: Floats) -> Floats:
@@ -162,28 +181,13 @@ class FactParts:
     numeral: bool
 
 
-@dataclass(frozen=True, slots=True)
-class PassageParts:
-    """What of a passage does not depend on the question. N-grams are distinct ones; `context` is with its neighbours."""
-
-    passage: Passage
-    own: Grams
-    bag: Bag
-    triples: NDArray[np.uint64]
-    context: Grams
-    context_triples: NDArray[np.uint64]
-    context_vector: Floats
-    numeral: bool
-    speech: bool
-
-
 class Sources:
     """Both memories with the encoder, and what is computed from them once for many questions."""
 
     def __init__(self, encoder: Encoder, memory: Memory, library: Library) -> None:
         self.encoder, self.memory, self.library = encoder, memory, library
         self.fact = functools.lru_cache(KEPT)(self._fact)
-        self.passage = functools.lru_cache(KEPT)(self._passage)
+        self._contexts: dict[int, Floats] = {}
 
     def _fact(self, number: int) -> FactParts:
         fact = self.memory.facts[number]
@@ -201,20 +205,18 @@ class Sources:
             numeral=has_numeral(fact.answer),
         )
 
-    def _passage(self, number: int) -> PassageParts:
-        passage, own, around = self.library.passage(number), self.library.plain(number), self.library.context(number)
-        vocabulary = self.encoder.vocabulary
-        return PassageParts(
-            passage=passage,
-            own=distinct(grams(own)),
-            bag=distinct(vocabulary.bag(own)),
-            triples=triples(own),
-            context=distinct(grams(around)),
-            context_triples=triples(around),
-            context_vector=self.encoder.bag(vocabulary.bag(around)),
-            numeral=has_numeral(passage.text),
-            speech="曰" in passage.text or "道：" in passage.text,
-        )
+    def context_vectors(self, numbers: Sequence[int], contexts: Sequence[Plain]) -> Floats:
+        """(passages, dimensions) the vectors of the contexts of some passages."""
+        known = self._contexts
+        new = [place for place, n in enumerate(numbers) if n not in known]
+        if new:
+            if len(known) > KEPT:
+                known = self._contexts = {n: known[n] for n in numbers if n in known}
+            texts = [contexts[place] for place in new]
+            ends = np.cumsum([len(text) for text in texts])
+            vectors = self.encoder.parts(np.concatenate(texts), ends - [len(text) for text in texts], ends)
+            known |= {numbers[place]: vector for place, vector in zip(new, vectors, strict=True)}
+        return np.stack([known[n] for n in numbers])
 
 
 def fact_candidates(query: Query, sources: Sources) -> Candidates:
@@ -236,7 +238,7 @@ def fact_candidates(query: Query, sources: Sources) -> Candidates:
     phrasings = _starts([fact.asked_weights for fact in facts])
     dice = query.dice([a for fact in facts for a in fact.asked], np.concatenate([f.asked_weights for f in facts]))
     # Of the answer's n-grams, with repetitions, the share that the question has said already.
-    repeated = [float(np.isin(f.answer_all, query.distinct).mean()) if len(f.answer_all) else 0.0 for f in facts]
+    repeated = query.share([fact.answer_all for fact in facts])
     person = np.array([fact.kinds[:, PERSON].max() for fact in facts])
     reason = np.array([fact.kinds[:, REASON].max() for fact in facts])
     number = np.array([fact.numeral for fact in facts])
@@ -267,20 +269,24 @@ def passage_candidates(query: Query, sources: Sources) -> tuple[Candidates, list
     found = [(n, score / most, floor if np.isnan(cos) else cos) for n, score, cos in found]
     found.sort(key=lambda hit: -(hit[1] + hit[2]))
     found = found[:PASSAGES]
-    parts = [sources.passage(n) for n, *_ in found]
-    contexts = np.stack([p.context_vector for p in parts]) @ query.vector
-    held = query.held([p.own for p in parts])
-    near = query.held([p.context for p in parts])
+    numbers = [n for n, *_ in found]
+    texts = [library.passage(n) for n in numbers]
+    rising = np.argsort(numbers)
+    plains = dict(zip(rising.tolist(), library.plains(np.sort(numbers)), strict=True))
+    own, around = [plains[place] for place in range(len(numbers))], [library.context(n) for n in numbers]
+    contexts = sources.context_vectors(numbers, around) @ query.vector
+    own_grams = [grams(text) for text in own]
+    held, near = query.held(own_grams), query.held([grams(text) for text in around])
     runs = max(1, len(query.triples))
     cosine = np.array([cos for *_, cos in found])
     columns = [
         [score for _, score, _ in found], cosine, contexts, cosine - cosine.max(), contexts - contexts.max(),
         query.cover(held), query.cover(near), query.cover(held, query.pairs), query.cover(near, query.pairs),
-        _holds(query.triples, [p.triples for p in parts]).sum(axis=1) / runs,
-        _holds(query.triples, [p.context_triples for p in parts]).sum(axis=1) / runs,
-        query.soft([p.bag for p in parts]),
-        query.kinds[NUMBER] * np.array([p.numeral for p in parts]),
-        query.kinds[SPEECH] * np.array([p.speech for p in parts]),
+        holds(query.triples, [triples(text) for text in own]).sum(axis=1) / runs,
+        holds(query.triples, [triples(text) for text in around]).sum(axis=1) / runs,
+        query.soft(query.encoder.vocabulary.bags(own_grams)),
+        query.kinds[NUMBER] * np.array([has_numeral(text.text) for text in texts]),
+        query.kinds[SPEECH] * np.array(["曰" in text.text or "道：" in text.text for text in texts]),
     ]  # fmt: skip
     found_features = np.stack(columns, axis=1).astype(np.float32)
-    return Candidates(np.array([n for n, *_ in found]), found_features), [p.passage for p in parts]
+    return Candidates(np.array(numbers), found_features), texts
