@@ -23,7 +23,6 @@ from miniglm.lookup.text import (
     REASON,
     SPEECH,
     Grams,
-    Plain,
     distinct,
     grams,
     has_numeral,
@@ -39,7 +38,7 @@ FACTS = 20
 PASSAGES = 40
 """Passages that it chooses among, and how many each of BM25 and vectors brings."""
 KEPT = 10_000
-"""Facts, and passages, of which what does not depend on the question is kept: some 10 KB, and 1 KB, each."""
+"""Facts, and passages, of which what does not depend on the question is kept: some 10 KB each."""
 FACT_FEATURES = (
     "bm25_told", "bm25_wide",
     "cos_question", "cos_answer", "cos_together", "cos_context",
@@ -181,13 +180,28 @@ class FactParts:
     numeral: bool
 
 
+@dataclass(frozen=True, slots=True)
+class PassageParts:
+    """What of a passage does not depend on the question; `context` is with its neighbours."""
+
+    passage: Passage
+    own: Grams
+    context: Grams
+    triples: NDArray[np.uint64]
+    context_triples: NDArray[np.uint64]
+    bag: Bag
+    context_vector: Floats
+    numeral: bool
+    speech: bool
+
+
 class Sources:
     """Both memories with the encoder, and what is computed from them once for many questions."""
 
     def __init__(self, encoder: Encoder, memory: Memory, library: Library) -> None:
         self.encoder, self.memory, self.library = encoder, memory, library
         self.fact = functools.lru_cache(KEPT)(self._fact)
-        self._contexts: dict[int, Floats] = {}
+        self._passages: dict[int, PassageParts] = {}
 
     def _fact(self, number: int) -> FactParts:
         fact = self.memory.facts[number]
@@ -205,18 +219,27 @@ class Sources:
             numeral=has_numeral(fact.answer),
         )
 
-    def context_vectors(self, numbers: Sequence[int], contexts: Sequence[Plain]) -> Floats:
-        """(passages, dimensions) the vectors of the contexts of some passages."""
-        known = self._contexts
-        new = [place for place, n in enumerate(numbers) if n not in known]
+    def passages(self, numbers: Sequence[int]) -> list[PassageParts]:
+        """What of some passages does not depend on the question."""
+        new = sorted(n for n in numbers if n not in self._passages)
         if new:
-            if len(known) > KEPT:
-                known = self._contexts = {n: known[n] for n in numbers if n in known}
-            texts = [contexts[place] for place in new]
-            ends = np.cumsum([len(text) for text in texts])
-            vectors = self.encoder.parts(np.concatenate(texts), ends - [len(text) for text in texts], ends)
-            known |= {numbers[place]: vector for place, vector in zip(new, vectors, strict=True)}
-        return np.stack([known[n] for n in numbers])
+            if len(self._passages) > KEPT:
+                self._passages = {n: self._passages[n] for n in numbers if n in self._passages}
+            library, encoder = self.library, self.encoder
+            own, around = library.plains(np.array(new)), [library.context(n) for n in new]
+            own_grams = [grams(text) for text in own]
+            ends = np.cumsum([len(text) for text in around])
+            vectors = encoder.parts(np.concatenate(around), ends - [len(text) for text in around], ends)
+            for n, text, near, found, bag, vector in zip(
+                new, own, around, own_grams, encoder.vocabulary.bags(own_grams), vectors, strict=True
+            ):
+                passage = library.passage(n)
+                speech = "曰" in passage.text or "道：" in passage.text
+                runs, near_runs = triples(text), triples(near)
+                self._passages[n] = PassageParts(
+                    passage, found, grams(near), runs, near_runs, bag, vector, has_numeral(passage.text), speech
+                )
+        return [self._passages[n] for n in numbers]
 
 
 def fact_candidates(query: Query, sources: Sources) -> Candidates:
@@ -270,23 +293,19 @@ def passage_candidates(query: Query, sources: Sources) -> tuple[Candidates, list
     found.sort(key=lambda hit: -(hit[1] + hit[2]))
     found = found[:PASSAGES]
     numbers = [n for n, *_ in found]
-    texts = [library.passage(n) for n in numbers]
-    rising = np.argsort(numbers)
-    plains = dict(zip(rising.tolist(), library.plains(np.sort(numbers)), strict=True))
-    own, around = [plains[place] for place in range(len(numbers))], [library.context(n) for n in numbers]
-    contexts = sources.context_vectors(numbers, around) @ query.vector
-    own_grams = [grams(text) for text in own]
-    held, near = query.held(own_grams), query.held([grams(text) for text in around])
+    parts = sources.passages(numbers)
+    contexts = np.stack([p.context_vector for p in parts]) @ query.vector
+    held, near = query.held([p.own for p in parts]), query.held([p.context for p in parts])
     runs = max(1, len(query.triples))
     cosine = np.array([cos for *_, cos in found])
     columns = [
         [score for _, score, _ in found], cosine, contexts, cosine - cosine.max(), contexts - contexts.max(),
         query.cover(held), query.cover(near), query.cover(held, query.pairs), query.cover(near, query.pairs),
-        holds(query.triples, [triples(text) for text in own]).sum(axis=1) / runs,
-        holds(query.triples, [triples(text) for text in around]).sum(axis=1) / runs,
-        query.soft(query.encoder.vocabulary.bags(own_grams)),
-        query.kinds[NUMBER] * np.array([has_numeral(text.text) for text in texts]),
-        query.kinds[SPEECH] * np.array(["曰" in text.text or "道：" in text.text for text in texts]),
+        holds(query.triples, [p.triples for p in parts]).sum(axis=1) / runs,
+        holds(query.triples, [p.context_triples for p in parts]).sum(axis=1) / runs,
+        query.soft([p.bag for p in parts]),
+        query.kinds[NUMBER] * np.array([p.numeral for p in parts]),
+        query.kinds[SPEECH] * np.array([p.speech for p in parts]),
     ]  # fmt: skip
     found_features = np.stack(columns, axis=1).astype(np.float32)
-    return Candidates(np.array(numbers), found_features), texts
+    return Candidates(np.array(numbers), found_features), [p.passage for p in parts]
