@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ steps = 1
 """
 
 
-def make_text(folder: Path, size: int, book: str) -> None:
-    """Writes `size` bytes of documents as .jsonl files."""
-    found = [s for b in load_books([book]) for p in b.paragraphs for s in sentences(p.text)]
+def make_text(folder: Path, size: int, book: str, keep: Callable[[str], bool] = lambda sentence: True) -> None:
+    """Writes `size` bytes of documents as .jsonl files, of the sentences that are to be kept."""
+    found = [s for b in load_books([book]) for p in b.paragraphs for s in sentences(p.text) if keep(s)]
     characters = sorted(set("".join(found)))
     rng = random.Random(0)
     written = number = 0

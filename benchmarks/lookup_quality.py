@@ -1,9 +1,8 @@
-"""How good look-up is and what each part of it contributes, and how it grows with the books.
+"""How good look-up is and what each part of it contributes. How it grows with the books: lookup_scale.py.
 
     python benchmarks/lookup_quality.py RUN            # a run folder with an index, of the default set
-    python benchmarks/lookup_quality.py RUN --sizes 1,4,16,64
 
-Prints a table and writes RUN/lookup_quality.json or RUN/lookup_sizes.json. The closed book's figures are those of
+Prints a table and writes RUN/lookup_quality.json. The closed book's figures are those of
 RUN/report/report.json where there is one. Nothing is trained or tuned here.
 """
 
@@ -11,21 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import resource
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from miniglm.corpus import Paragraph, read_paragraphs
 from miniglm.evaluation.scores import bootstrap_interval
 from miniglm.files import write_whole
 from miniglm.lookup.answer import Answer, Answerer
-from miniglm.lookup.features import Query, Sources, passage_candidates
-from miniglm.lookup.library import Library, build_library
 from miniglm.lookup.look import Look, ranked
 from miniglm.lookup.measure import measure
 from miniglm.qa.formats import Example, read_examples
@@ -165,64 +158,10 @@ def show(found: dict[str, Any]) -> None:
     )
 
 
-def grown(paragraphs: list[Paragraph], megabytes: float, generator: random.Random) -> list[Paragraph]:
-    """A book of that size: the paragraphs' characters in new order within each, so that passages differ."""
-    made: list[Paragraph] = []
-    size = 0
-    while size < megabytes * 1e6:
-        p = generator.choice(paragraphs)
-        parts = p.text.split("，")
-        generator.shuffle(parts)
-        text = "，".join(parts)
-        made.append(Paragraph("大书", f"第{len(made) // 20}章", len(made) // 20, len(made) + 1, text))
-        size += len(text.encode())
-    return made
-
-
-def sizes(run: Path, megabytes: list[float]) -> list[dict[str, Any]]:
-    """Building and look-up time of a library alone, by its size."""
-    answerer = Answerer(run / "index")
-    paragraphs = read_paragraphs(run / "corpus" / "train.jsonl")
-    questions = [e.question for e in read_examples(ROOT / "unseen.jsonl").examples[:100]]  # the median hides warming up
-    rows = []
-    for size in megabytes:
-        book = grown(paragraphs, size, random.Random(0))
-        with tempfile.TemporaryDirectory() as folder:
-            begun = time.perf_counter()
-            build_library(book, answerer.encoder, "", Path(folder))
-            seconds = time.perf_counter() - begun
-            library = Library(Path(folder))
-            sources = Sources(answerer.encoder, answerer.memory, library)
-            times = []
-            for q in questions:
-                begun = time.perf_counter()
-                query = Query(q, answerer.encoder)
-                passage_candidates(query, sources)
-                times.append(time.perf_counter() - begun)
-            on_disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-            rows.append(
-                {
-                    "megabytes": size,
-                    "passages": library.size,
-                    "build_seconds": seconds,
-                    "disk_megabytes": on_disk / 1e6,
-                    "search_milliseconds": float(np.median(times)) * 1e3,
-                    "peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                }
-            )
-            print(rows[-1])
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--sizes", help="megabytes, comma-separated: measure growth and nothing else")
     arguments = parser.parse_args()
-    if arguments.sizes:
-        rows = sizes(arguments.run, [float(size) for size in arguments.sizes.split(",")])
-        write_whole(arguments.run / "lookup_sizes.json", json.dumps(rows, indent=2) + "\n")
-        return
     found = quality(arguments.run)
     show(found)
     write_whole(arguments.run / "lookup_quality.json", json.dumps(found, ensure_ascii=False, indent=2) + "\n")

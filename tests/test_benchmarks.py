@@ -83,6 +83,10 @@ def test_made_up_text_is_of_its_size_and_no_document_comes_twice(tmp_path: Path)
     made = (tmp_path / "made" / "00000.jsonl").read_text("utf-8").splitlines()
     assert 50_000 <= sum(len(line.encode()) + 1 for line in made) < 70_000
     assert len(set(made)) == len(made) > 3
+    (tmp_path / "some").mkdir()
+    make_text(tmp_path / "some", 5_000, str(tmp_path / "书.txt"), keep=lambda sentence: "曹" not in sentence[:3])
+    sentences = (tmp_path / "some" / "00000.jsonl").read_text("utf-8").split("。")
+    assert sum("曹" in s[:3] for s in sentences) < 0.1 * len(sentences)  # some get it by a changed character
 
 
 def test_two_processes_are_measured(capsys: pytest.CaptureFixture[str]) -> None:

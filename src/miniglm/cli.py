@@ -85,6 +85,7 @@ def _open(
     offline: bool = False,
     tokenizer: str | None = None,
     text: list[str] | None = None,
+    look_up_text: bool = False,
     shard: bool = False,
 ) -> Run:
     from miniglm.pipeline import Run, open_offline
@@ -101,6 +102,7 @@ def _open(
         "tokenizer.kind": tokenizer,
         "corpus.books": book or None,
         "corpus.texts": text or None,
+        "corpus.look_up_texts": (bool(text) and look_up_text) or None,
         "qa.train": qa or None,
     }
     if qa:
@@ -219,11 +221,12 @@ def index(
     minutes: Minutes = None,
     book: BookOption = None,
     qa: QAOption = None,
+    text: TextOption = None,
 ) -> None:
-    """建立查找用的索引：回答时到书里找依据。不需要训练好的模型。"""
+    """建立查找用的索引：回答时到书里找依据，给了 --text 也到那些文字里找。不需要训练好的模型。"""
     from miniglm import pipeline
 
-    pipeline.index(_open(out, recipe, minutes, book, qa))
+    pipeline.index(_open(out, recipe, minutes, book, qa, text=text, look_up_text=True))
 
 
 def _settings(

@@ -619,9 +619,11 @@ def index(run: Run, seconds: float | None = None) -> None:
     if has_index(run.path / "index"):
         run.skip("index")
         return
-    from miniglm.lookup.build import build_index
+    from miniglm.lookup.build import MOST_TEXT, build_index
+    from miniglm.lookup.texts import text_parts, text_sample
 
     begun = time.monotonic()
+    texts = run.path / "texts" if run.recipe.corpus.look_up_texts else None
     if seconds is None:
         seconds = 60 * ENCODER_SHARE * (run.recipe.run.minutes or 10)
     outside = [e.question for e in examples(run, "outside") if e.extra.get("part") != "test"]
@@ -633,6 +635,8 @@ def index(run: Run, seconds: float | None = None) -> None:
             run.path / "index",
             seconds=min(max(seconds, LEAST_ENCODER), MOST_ENCODER),
             seed=run.recipe.run.seed,
+            texts=text_parts(texts) if texts else (),
+            sample=text_sample(texts, MOST_TEXT // 2) if texts else (),
             progress=lambda share: bar(round(100 * share)),
         )
     run.note_stage("index", time.monotonic() - begun)

@@ -75,10 +75,12 @@ class RunRecipe(Section):
 class CorpusRecipe(Section):
     """`books`: files, folders, URLs or names of the catalogue. Every `validation_every`-th paragraph is validation.
 
-    `texts`: more text to pretrain on, of any size, see corpus/large.py; it is not looked up and not measured on."""
+    `texts`: more text to pretrain on, of any size, see corpus/large.py; it is not measured on, and looked up only with
+    `look_up_texts`: text to learn the language from is no source to cite."""
 
     books: Annotated[list[Text], Field(min_length=1)] = [DEFAULT_BOOK]
     texts: list[Text] = Field(default_factory=list)
+    look_up_texts: bool = False
     encoding: Text | None = None
     simplify: bool | None = None
     validation_every: Annotated[int, Field(ge=2)] = 10

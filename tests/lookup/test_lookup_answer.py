@@ -16,7 +16,7 @@ from miniglm.lookup import NOT_FOUND, Answerer
 from miniglm.lookup.build import build_index, withhold
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.facts import facts_of, locate
-from miniglm.lookup.library import Library, build_library
+from miniglm.lookup.library import Library, build_library, parts_of
 from miniglm.qa.formats import Example, Turn, read_examples
 
 STORY = [
@@ -125,7 +125,7 @@ def test_a_citation_is_whole_sentences_around_what_it_is_about(sanguo: Path) -> 
     library = Library(sanguo / "books")
     text = "一二三。四五六七。八九。"
     folder = sanguo.parent / "wide"
-    build_library(_book("宽", [("第一回", text)]), Encoder.load(sanguo / "encoder"), "a", folder)
+    build_library(parts_of(_book("宽", [("第一回", text)])), Encoder.load(sanguo / "encoder"), "a", folder)
     library = Library(folder)
     passage = replace(library.passage(0), start=4, text="四五六七。")
     assert library.beside(passage, 3) == ("", "")
@@ -173,19 +173,19 @@ def test_citations_do_not_overlap_and_fall(index: Path) -> None:
 
 def test_index_holds_no_pickle(index: Path) -> None:
     names = {path.suffix for path in index.rglob("*") if path.is_file()}
-    assert names <= {".json", ".jsonl", ".npy", ".safetensors", ".txt", ".usearch"}
+    assert names <= {".json", ".jsonl", ".npy", ".safetensors", ".txt", ".u16", ".u32", ".f16"}
 
 
 def test_second_book_builds_its_own_shard_alone(index: Path, tmp_path: Path) -> None:
     encoder, books = Encoder.load(index / "encoder"), tmp_path / "books"
     other = _book("别记", [("第一章", "海上有岛，岛上有塔。")])
-    assert build_library(BOOK, encoder, "a", books) == 1
-    assert build_library([*other, *BOOK], encoder, "a", books) == 1
+    assert build_library(parts_of(BOOK), encoder, "a", books) == 1
+    assert build_library(parts_of([*other, *BOOK]), encoder, "a", books) == 1
     library = Library(books)
     assert library.passage(0).book == "别记"  # the corpus's order, not that of building
-    assert build_library(other, encoder, "a", books) == 0
+    assert build_library(parts_of(other), encoder, "a", books) == 0
     assert Library(books).size == 1
-    assert build_library(other, encoder, "b", books) == 1  # vectors of another encoder are of no use
+    assert build_library(parts_of(other), encoder, "b", books) == 1  # vectors of another encoder are of no use
 
 
 def test_context_stays_in_the_chapter(index: Path) -> None:
@@ -215,7 +215,13 @@ def test_withheld_questions_are_some_and_of_other_facts() -> None:
 def test_faults_name_folder_and_mend(index: Path, tmp_path: Path) -> None:
     with pytest.raises(MiniGLMError, match="miniglm index"):
         Answerer(tmp_path)
-    for name in ("encoder/encoder.safetensors", "judge.json", "books/0000/vectors.usearch", "facts/facts.jsonl"):
+    for name in (
+        "encoder/encoder.safetensors",
+        "judge.json",
+        "books/0000/vectors/vectors.f16",
+        "books/0000/postings/postings.u32",
+        "facts/facts.jsonl",
+    ):
         copy = tmp_path / name.replace("/", "-")
         shutil.copytree(index, copy)
         (copy / name).write_bytes((copy / name).read_bytes()[:20])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from miniglm.errors import MiniGLMError
-from miniglm.lookup.encoder import Batch, Encoder, build_vocabulary, train_encoder
-from miniglm.lookup.text import plain
+from miniglm.lookup.encoder import SORTED, Batch, Encoder, build_vocabulary, train_encoder
+from miniglm.lookup.text import grams, plain
 
 SAME = [("玄德", "刘备"), ("孔明", "诸葛"), ("云长", "关羽"), ("翼德", "张飞"), ("孟德", "曹操"), ("子龙", "赵云")]
 
@@ -35,6 +35,21 @@ def test_learns_names_of_one_person(encoder: Encoder) -> None:
 def test_unknown_text_is_like_nothing(encoder: Encoder) -> None:
     assert not encoder.texts(["xyz", ""]).any()
     assert np.allclose(np.linalg.norm(encoder.texts(["玄德"]), axis=1), 1)
+
+
+def test_parts_of_a_text_are_as_each_by_itself(encoder: Encoder) -> None:
+    text = plain("玄德孔明x刘备云长关羽")
+    starts, ends = np.array([0, 1, 4, 3, 5]), np.array([4, 6, 5, 3, len(text)])
+    each = encoder.bags([encoder.vocabulary.bag(text[start:end]) for start, end in zip(starts, ends, strict=True)])
+    assert np.allclose(encoder.parts(text, starts, ends), each, atol=1e-6)
+    assert np.array_equal(encoder.parts(text, starts[:0], ends[:0]), each[:0])
+
+
+def test_many_numbers_are_those_of_few(encoder: Encoder) -> None:
+    every = grams(plain("玄德孔明关张" * 500))
+    assert len(every) > SORTED
+    each = np.concatenate([encoder.vocabulary.numbers(every[n : n + 100]) for n in range(0, len(every), 100)])
+    assert np.array_equal(encoder.vocabulary.numbers(every), each)
 
 
 def test_read_back(encoder: Encoder, tmp_path: Path) -> None:

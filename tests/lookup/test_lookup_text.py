@@ -9,7 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniglm.corpus import Paragraph
-from miniglm.lookup.text import PASSAGE, distinct, grams, kinds, pairs, passages, plain, sentences, triples
+from miniglm.lookup.text import (
+    PASSAGE,
+    bytes_before,
+    distinct,
+    flat_grams,
+    grams,
+    kinds,
+    pairs,
+    passages,
+    plain,
+    plain_with_places,
+    ranges,
+    sentences,
+    triples,
+)
+from miniglm.qa.text import bare
 
 TEXT = st.text(alphabet="曹操刘备关羽张飞，。！？“”…a1 ", max_size=400)
 
@@ -64,3 +79,38 @@ def test_distinct_is_numpys_unique() -> None:
     for numbers in ([], [3], [5, 1, 5, 2, 1]):
         found = np.array(numbers, dtype=np.uint32)
         assert np.array_equal(distinct(found), np.unique(found))
+
+
+ANY = st.text(
+    alphabet=st.one_of(st.characters(), st.sampled_from("曹劉ﬁßÅ①가ᄀ\u1161\u0301か\uff9e𠀀\ud800 　")), max_size=30
+)
+
+
+@settings(deadline=None)
+@given(ANY)
+def test_characters_are_those_of_the_bare_text(text: str) -> None:
+    expected = np.frombuffer(bare(text).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint16)
+    assert np.array_equal(plain(text), expected)
+
+
+@settings(deadline=None)
+@given(st.text(alphabet="曹操，。Åé①𠀀 a", max_size=30), st.data())
+def test_places_are_those_of_what_stands_before(text: str, data: st.DataObject) -> None:
+    places = np.array(data.draw(st.lists(st.integers(0, len(text)), max_size=4)), dtype=np.int64)
+    found, before = plain_with_places(text, places)
+    assert np.array_equal(found, plain(text))
+    assert before.tolist() == [len(plain(text[:place])) for place in places]
+    assert bytes_before(text, places).tolist() == [len(text[:place].encode()) for place in places]
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(alphabet="曹操刘备", max_size=6), min_size=1, max_size=5))
+def test_grams_of_several_are_those_of_each(written: list[str]) -> None:
+    texts = [plain(text) for text in written]
+    found, owners = flat_grams(texts)
+    for number, text in enumerate(texts):
+        assert np.array_equal(found[owners == number], grams(text))
+
+
+def test_ranges() -> None:
+    assert ranges(np.array([5, 0, 7]), np.array([2, 0, 3])).tolist() == [5, 6, 7, 8, 9]

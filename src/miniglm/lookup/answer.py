@@ -15,6 +15,7 @@ import numpy as np
 from miniglm.errors import MiniGLMError
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.facts import Memory
+from miniglm.lookup.fault import damaged
 from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Passage
 from miniglm.lookup.look import Judge, Look, in_doubt, look, ranked, share_of, signals
@@ -24,7 +25,7 @@ SHOWN = 5
 """Citations of an answer at most."""
 WINDOW = 250
 """Characters that a citation has at most around the passage it is about, a longer passage aside."""
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,7 @@ class Answerer:
                 raise ValueError(f"格式是 {form}，这个版本只认 {FORMAT}")
             self.judge = Judge.from_json(judge)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise MiniGLMError(
-                f"检索的索引读不出来（{error}）", path=folder, fix="删去运行目录里的 index，再运行 miniglm index"
-            ) from None
+            raise damaged(f"检索的索引读不出来（{error}）", folder) from None
         self.encoder = Encoder.load(folder / "encoder")
         self.library = Library(folder / "books")
         self.memory = Memory.load(folder / "facts")

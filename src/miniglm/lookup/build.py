@@ -25,7 +25,7 @@ from miniglm.lookup.answer import FORMAT
 from miniglm.lookup.encoder import Bag, Batch, Encoder, build_vocabulary, train_encoder
 from miniglm.lookup.facts import Fact, Memory, facts_of, locate, without
 from miniglm.lookup.features import Sources
-from miniglm.lookup.library import Library, build_library
+from miniglm.lookup.library import Library, Part, build_library, parts_of
 from miniglm.lookup.look import Judge, Look, in_doubt, look, share_of, signals
 from miniglm.lookup.ranking import fit_logistic, fit_ranker
 from miniglm.lookup.text import passages, plain, sentences
@@ -166,6 +166,8 @@ def build_index(
     *,
     seconds: float,
     seed: int,
+    texts: Sequence[Part] = (),
+    sample: Sequence[Paragraph] = (),
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Any]:
     """Writes the index into `folder`: encoder/, books/, facts/, judge.json and, last, index.json.
@@ -175,7 +177,8 @@ def build_index(
         examples: training questions; may be empty.
         outside: questions that the books do not answer, to set the threshold with; may be empty.
         seconds: for training the encoder.
-        progress: is told the share of them that is gone.
+        texts: more to look up, which need not fit into memory; `sample`: what the encoder learns from of it.
+        progress: is told the share of the seconds that is gone.
 
     Returns:
         What index.json holds: counts, seconds, and how the choice does on the withheld questions.
@@ -183,12 +186,12 @@ def build_index(
     begun = time.monotonic()
     facts = locate_all(paragraphs, examples)
     withheld = withhold(facts, seed)
-    encoder = train(paragraphs, facts, withheld, seconds=seconds, seed=seed, progress=progress)
+    encoder = train(paragraphs, facts, withheld, more=sample, seconds=seconds, seed=seed, progress=progress)
     trained = time.monotonic()
     encoder.save(folder / "encoder")
     encoder = Encoder.load(folder / "encoder")  # rounded as it will be when questions come
     digest = file_digest(folder / "encoder" / "encoder.safetensors")
-    build_library(paragraphs, encoder, digest, folder / "books")
+    build_library([*parts_of(paragraphs), *texts], encoder, digest, folder / "books")
     library = Library(folder / "books")
     laid = time.monotonic()
     judge, measured = learn(encoder, library, facts, withheld, outside)
@@ -220,15 +223,17 @@ def train(
     facts: Sequence[Fact],
     withheld: Withheld,
     *,
+    more: Sequence[Paragraph] = (),
     seconds: float,
     seed: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Encoder:
-    """The encoder, from located facts less what is withheld, and from the books' text."""
+    """The encoder, from located facts less what is withheld, and from the books' text and `more`."""
     sample = _sample(paragraphs, seed)
     # Passages are numbered through all paragraphs; where only some are learnt from, a fact's is not among them.
     known = without(facts, withheld.questions)
-    pairs = Pairs(known if len(sample) == len(paragraphs) else [_nowhere(fact) for fact in known], sample, seed)
+    known_where = known if len(sample) == len(paragraphs) else [_nowhere(fact) for fact in known]
+    pairs = Pairs(known_where, [*sample, *more], seed)
     vocabulary = build_vocabulary(map(plain, [*pairs.texts, *(t for f in known for t in (*f.questions, f.answer))]))
     pairs.prepare(lambda text: vocabulary.bag(plain(text)))
     # Of three batches two are of facts and one is of text.

@@ -19,17 +19,21 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
-from miniglm.lookup.text import Grams, Plain, grams, plain
+from miniglm.lookup.fault import damaged
+from miniglm.lookup.text import Grams, Plain, grams, neighbours, plain, ranges
 
 Bag = NDArray[np.int64]
 """Numbers of a text's n-grams, with repetitions."""
 DIMENSIONS = 256
 LARGEST_VOCABULARY = 120_000
+AT_ONCE = 1024
+"""Texts that are encoded at once."""
 RATE = 1e-2
 TEMPERATURE = 0.05
 UNKNOWN = 0
+SORTED = 2000
+"""N-grams from which it is faster to look them up in order."""
 FILE = "encoder.safetensors"
 
 
@@ -49,14 +53,27 @@ class Vocabulary:
         """The number of each n-gram, 0 for unknown ones."""
         if not len(self.names):
             return np.zeros(len(found), dtype=np.int64)
+        if len(found) > SORTED:  # a binary search after another goes the same way, which processors like
+            keys = np.sort(found.astype(np.uint64) << 32 | np.arange(len(found), dtype=np.uint64))
+            numbers = np.empty(len(found), dtype=np.int64)
+            numbers[(keys & 0xFFFFFFFF).astype(np.int64)] = self._numbers((keys >> 32).astype(np.uint32))
+            return numbers
+        return self._numbers(found)
+
+    def _numbers(self, found: Grams) -> Bag:
         places = np.minimum(np.searchsorted(self.names, found), len(self.names) - 1)
         return np.where(self.names[places] == found, places + 1, UNKNOWN)
 
     def bag(self, text: Plain) -> Bag:
         """The text's known n-grams; one unknown where there is none."""
-        found = self.numbers(grams(text))
-        known = found[found != UNKNOWN]
-        return known if len(known) else np.array([UNKNOWN])
+        return self.bags([grams(text)])[0]
+
+    def bags(self, texts: Sequence[Grams]) -> list[Bag]:
+        """The same of the n-grams of several."""
+        numbers = self.numbers(np.concatenate(texts))
+        ends = np.cumsum([len(text) for text in texts]).tolist()
+        each = (numbers[end - len(text) : end] for text, end in zip(texts, ends, strict=True))
+        return [known if len(known := own[own != UNKNOWN]) else np.array([UNKNOWN]) for own in each]
 
 
 def build_vocabulary(texts: Iterable[Plain]) -> Vocabulary:
@@ -83,12 +100,29 @@ class Encoder:
         self.vocabulary, self.vectors = vocabulary, vectors
         self.lengths = vectors.norm(dim=-1, keepdim=True)
 
-    def bags(self, bags: Sequence[Bag], at_once: int = 1024) -> NDArray[np.float32]:
+    def bags(self, bags: Sequence[Bag]) -> NDArray[np.float32]:
         """Vectors of length 1, (bags, dimensions); all zero for a bag of nothing known."""
         made = [np.zeros((0, self.vectors.shape[1]), dtype=np.float32)]
-        for start in range(0, len(bags), at_once):
-            some = bags[start : start + at_once]
+        for start in range(0, len(bags), AT_ONCE):
+            some = bags[start : start + AT_ONCE]
             made.append(_unit_sums(some, self.vectors).numpy())
+        return np.concatenate(made)
+
+    def parts(self, text: Plain, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Vectors of length 1, (parts, dimensions), of those places of `text`, which may overlap."""
+        numbers = np.concatenate(
+            [self.vocabulary.numbers(text.astype(np.uint32)), self.vocabulary.numbers(neighbours(text))]
+        )
+        # A bag has the characters of its part, then the pairs.
+        lengths = np.stack([ends - starts, np.maximum(ends - starts - 1, 0)], axis=1)
+        first = np.stack([starts, starts + len(text)], axis=1)
+        made = [np.zeros((0, self.vectors.shape[1]), dtype=np.float32)]
+        for at in range(0, len(starts), AT_ONCE):
+            own = lengths[at : at + AT_ONCE]
+            flat = torch.from_numpy(numbers[ranges(first[at : at + AT_ONCE].ravel(), own.ravel())])
+            offsets = torch.from_numpy(np.cumsum(own.sum(axis=1)) - own.sum(axis=1))
+            summed = torch.nn.functional.embedding_bag(flat, self.vectors, offsets, mode="sum", padding_idx=UNKNOWN)
+            made.append(torch.nn.functional.normalize(summed, dim=-1).numpy())
         return np.concatenate(made)
 
     def bag(self, bag: Bag) -> NDArray[np.float32]:
@@ -120,11 +154,7 @@ class Encoder:
             if not len(names) + 1 == len(vectors) == len(idf):
                 raise ValueError(f"词表有 {len(names)} 项，向量有 {len(vectors)} 行")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise MiniGLMError(
-                f"检索的编码器读不出来（{error}）",
-                path=folder / FILE,
-                fix="删去运行目录里的 index，再运行 miniglm index",
-            ) from None
+            raise damaged(f"检索的编码器读不出来（{error}）", folder / FILE) from None
         return cls(Vocabulary(names.astype(np.uint32), idf), vectors)
 
 

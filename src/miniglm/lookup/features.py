@@ -74,7 +74,7 @@ class Query:
         self.grams = grams(self.plain)
         self.distinct = distinct(self.grams)
         self.pairs = pairs(self.distinct)
-        self.triples = triples(self.plain)
+        self.triples = distinct(triples(self.plain))
         self.kinds = kinds(text)
         bag = vocabulary.bag(self.plain)
         self.vector = encoder.bag(bag)
@@ -86,7 +86,14 @@ class Query:
 
     def held(self, texts: Sequence[Grams]) -> NDArray[np.bool_]:
         """(texts, distinct n-grams) whether each text holds each of the question's n-grams."""
-        return _holds(self.distinct, texts)
+        return holds(self.distinct, texts)
+
+    def share(self, texts: Sequence[Grams]) -> Floats:
+        """(texts,) share of each text's n-grams that the question has."""
+        sizes = [len(text) for text in texts]
+        known, _ = _places(self.distinct, np.concatenate(texts))
+        held = np.bincount(np.repeat(np.arange(len(texts)), sizes), weights=known, minlength=len(texts))
+        return (held / np.maximum(sizes, 1)).astype(np.float32)
 
     def cover(self, held: NDArray[np.bool_], among: NDArray[np.bool_] | None = None) -> Floats:
         """(texts,) share of the n-grams' weight that is held."""
@@ -102,7 +109,11 @@ class Query:
     def soft(self, bags: Sequence[Bag]) -> Floats:
         """(bags,) of each of the question's n-grams the best cosine with one of the bag's, weighted by its vector's
         length."""
-        rows, places = np.unique(np.concatenate(bags), return_inverse=True)
+        every = np.concatenate(bags)
+        wanted = np.zeros(len(self.encoder.lengths), dtype=bool)
+        wanted[every] = True
+        rows = np.flatnonzero(wanted)
+        places = (np.cumsum(wanted) - 1)[every]
         vectors, lengths = self.encoder.vectors.numpy()[rows], self.encoder.lengths.numpy()[rows]
         near = (vectors @ self.directions.T / np.maximum(lengths, 1e-6))[places]
         best: Floats = np.maximum.reduceat(near, _starts(bags), axis=0) @ self.strength
@@ -128,13 +139,20 @@ def _starts(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     return np.cumsum([0, *(len(part) for part in parts[:-1])])
 
 
-def _holds(wanted: NDArray[Any], texts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
-    """(texts, wanted) whether each text has each of the wanted numbers; a text's numbers rise."""
+def holds(wanted: NDArray[Any], texts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
+    """(texts, wanted) whether each text has each of the wanted numbers, which rise."""
     table = np.zeros((len(texts), len(wanted)), dtype=bool)
-    for row, text in zip(table, texts, strict=True):
-        if len(text):
-            row[:] = text[np.minimum(np.searchsorted(text, wanted), len(text) - 1)] == wanted
+    known, places = _places(wanted, np.concatenate(texts))
+    table[np.repeat(np.arange(len(texts)), [len(text) for text in texts])[known], places[known]] = True
     return table
+
+
+def _places(wanted: NDArray[Any], found: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which of the numbers found are wanted, and where each of these stands among the wanted ones, which rise."""
+    if not len(wanted):
+        return np.zeros(len(found), dtype=bool), np.zeros(len(found), dtype=np.int64)
+    places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
+    return wanted[places] == found, places
 
 
 def _relative(scores: Floats) -> Floats:
@@ -164,14 +182,14 @@ class FactParts:
 
 @dataclass(frozen=True, slots=True)
 class PassageParts:
-    """What of a passage does not depend on the question. N-grams are distinct ones; `context` is with its neighbours."""
+    """What of a passage does not depend on the question; `context` is with its neighbours."""
 
     passage: Passage
     own: Grams
-    bag: Bag
-    triples: NDArray[np.uint64]
     context: Grams
+    triples: NDArray[np.uint64]
     context_triples: NDArray[np.uint64]
+    bag: Bag
     context_vector: Floats
     numeral: bool
     speech: bool
@@ -183,7 +201,7 @@ class Sources:
     def __init__(self, encoder: Encoder, memory: Memory, library: Library) -> None:
         self.encoder, self.memory, self.library = encoder, memory, library
         self.fact = functools.lru_cache(KEPT)(self._fact)
-        self.passage = functools.lru_cache(KEPT)(self._passage)
+        self._passages: dict[int, PassageParts] = {}
 
     def _fact(self, number: int) -> FactParts:
         fact = self.memory.facts[number]
@@ -201,20 +219,27 @@ class Sources:
             numeral=has_numeral(fact.answer),
         )
 
-    def _passage(self, number: int) -> PassageParts:
-        passage, own, around = self.library.passage(number), self.library.plain(number), self.library.context(number)
-        vocabulary = self.encoder.vocabulary
-        return PassageParts(
-            passage=passage,
-            own=distinct(grams(own)),
-            bag=distinct(vocabulary.bag(own)),
-            triples=triples(own),
-            context=distinct(grams(around)),
-            context_triples=triples(around),
-            context_vector=self.encoder.bag(vocabulary.bag(around)),
-            numeral=has_numeral(passage.text),
-            speech="曰" in passage.text or "道：" in passage.text,
-        )
+    def passages(self, numbers: Sequence[int]) -> list[PassageParts]:
+        """What of some passages does not depend on the question."""
+        new = sorted(n for n in numbers if n not in self._passages)
+        if new:
+            if len(self._passages) > KEPT:
+                self._passages = {n: self._passages[n] for n in numbers if n in self._passages}
+            library, encoder = self.library, self.encoder
+            own, around = library.plains(np.array(new)), [library.context(n) for n in new]
+            own_grams = [grams(text) for text in own]
+            ends = np.cumsum([len(text) for text in around])
+            vectors = encoder.parts(np.concatenate(around), ends - [len(text) for text in around], ends)
+            for n, text, near, found, bag, vector in zip(
+                new, own, around, own_grams, encoder.vocabulary.bags(own_grams), vectors, strict=True
+            ):
+                passage = library.passage(n)
+                speech = "曰" in passage.text or "道：" in passage.text
+                runs, near_runs = triples(text), triples(near)
+                self._passages[n] = PassageParts(
+                    passage, found, grams(near), runs, near_runs, bag, vector, has_numeral(passage.text), speech
+                )
+        return [self._passages[n] for n in numbers]
 
 
 def fact_candidates(query: Query, sources: Sources) -> Candidates:
@@ -236,7 +261,7 @@ def fact_candidates(query: Query, sources: Sources) -> Candidates:
     phrasings = _starts([fact.asked_weights for fact in facts])
     dice = query.dice([a for fact in facts for a in fact.asked], np.concatenate([f.asked_weights for f in facts]))
     # Of the answer's n-grams, with repetitions, the share that the question has said already.
-    repeated = [float(np.isin(f.answer_all, query.distinct).mean()) if len(f.answer_all) else 0.0 for f in facts]
+    repeated = query.share([fact.answer_all for fact in facts])
     person = np.array([fact.kinds[:, PERSON].max() for fact in facts])
     reason = np.array([fact.kinds[:, REASON].max() for fact in facts])
     number = np.array([fact.numeral for fact in facts])
@@ -267,20 +292,20 @@ def passage_candidates(query: Query, sources: Sources) -> tuple[Candidates, list
     found = [(n, score / most, floor if np.isnan(cos) else cos) for n, score, cos in found]
     found.sort(key=lambda hit: -(hit[1] + hit[2]))
     found = found[:PASSAGES]
-    parts = [sources.passage(n) for n, *_ in found]
+    numbers = [n for n, *_ in found]
+    parts = sources.passages(numbers)
     contexts = np.stack([p.context_vector for p in parts]) @ query.vector
-    held = query.held([p.own for p in parts])
-    near = query.held([p.context for p in parts])
+    held, near = query.held([p.own for p in parts]), query.held([p.context for p in parts])
     runs = max(1, len(query.triples))
     cosine = np.array([cos for *_, cos in found])
     columns = [
         [score for _, score, _ in found], cosine, contexts, cosine - cosine.max(), contexts - contexts.max(),
         query.cover(held), query.cover(near), query.cover(held, query.pairs), query.cover(near, query.pairs),
-        _holds(query.triples, [p.triples for p in parts]).sum(axis=1) / runs,
-        _holds(query.triples, [p.context_triples for p in parts]).sum(axis=1) / runs,
+        holds(query.triples, [p.triples for p in parts]).sum(axis=1) / runs,
+        holds(query.triples, [p.context_triples for p in parts]).sum(axis=1) / runs,
         query.soft([p.bag for p in parts]),
         query.kinds[NUMBER] * np.array([p.numeral for p in parts]),
         query.kinds[SPEECH] * np.array([p.speech for p in parts]),
     ]  # fmt: skip
     found_features = np.stack(columns, axis=1).astype(np.float32)
-    return Candidates(np.array([n for n, *_ in found]), found_features), [p.passage for p in parts]
+    return Candidates(np.array(numbers), found_features), [p.passage for p in parts]

@@ -1,17 +1,19 @@
-"""The books as passages to search: text, places, BM25 and vectors, on disk and memory-mapped, one folder a shard.
+"""The books as passages to search: text, places, inverted index and vectors, on disk and memory-mapped, one folder a
+shard.
 
-A shard is a book, or a part of one that is very long, so that adding a book builds that book's shards alone and
-building takes memory for one shard. Vectors are in a usearch index (HNSW; Malkov and Yashunin 2018). Knows nothing of
-questions with known answers.
+A shard is a book, or a part of one that is very long, so that adding a book builds that book's shards alone. Building
+takes memory for one shard's vectors and for a block of text, whatever the size of all; searching reads what it needs
+from disk. Knows nothing of questions with known answers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +22,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniglm.corpus import Paragraph
-from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
 from miniglm.lookup.encoder import Encoder
-from miniglm.lookup.lexical import Lexical
-from miniglm.lookup.text import CONTEXT, Grams, Plain, passages, plain, sentences
+from miniglm.lookup.fault import damaged
+from miniglm.lookup.postings import Bm25, Postings, Writer, best, mapped
+from miniglm.lookup.text import CONTEXT, Grams, Plain, Span, bytes_before, passages, plain_with_places, sentences
+from miniglm.lookup.vectors import Nearest, Vectors, write_vectors
 
-SHARD = 100_000
-"""Passages in a shard at most."""
+SHARD = 600_000
+"""Passages in a shard at most, or thereabouts."""
+STEP = 60
+"""Characters after which a new passage begins, on average."""
+BLOCK = 2_000_000
+"""Characters that are indexed at once."""
 AROUND = 1
 """Paragraphs that are shown before and after one."""
-_AGAIN = "删去运行目录里的 index，再运行 miniglm index"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +60,22 @@ class Shard:
     """One folder of passages; see `build_shard`."""
 
     def __init__(self, folder: Path) -> None:
-        from usearch.index import Index
-
         try:
             self.about: dict[str, Any] = json.loads((folder / "shard.json").read_text("utf-8"))
             # Plain arrays over the mapped files: np.memmap's own slicing is slow.
-            self._paragraphs, self._passages, self._plain = (
+            self._paragraphs, self._passages = (
                 np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False).view(np.ndarray)
-                for name in ("paragraphs", "passages", "plain")
+                for name in ("paragraphs", "passages")
             )
-            self._text = np.memmap(folder / "text.txt", dtype=np.uint8, mode="r").view(np.ndarray)
+            self._plain = mapped(folder / "plain.u16", np.uint16)
+            self._text = mapped(folder / "text.txt", np.uint8)
             self.size = len(self._passages)
-            self.lexical = Lexical.load(folder / "lexical", self.size)
-            self.vectors: Any = Index.restore(str(folder / "vectors.usearch"), view=True)
+            self.postings = Postings(folder / "postings")
+            self.vectors = Vectors(folder / "vectors")
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise MiniGLMError(f"检索的索引读不出来（{error}）", path=folder, fix=_AGAIN) from None
-        if self.vectors is None or len(self.vectors) != self.size:
-            raise MiniGLMError("检索的索引不完整", path=folder, fix=_AGAIN)
+            raise damaged(f"检索的索引读不出来（{error}）", folder) from None
+        if not len(self.postings.lengths) == len(self.vectors.rows) == self.size:
+            raise damaged("检索的索引不完整", folder)
 
     def _read(self, start: int, end: int) -> str:
         return self._text[start:end].tobytes().decode("utf-8")
@@ -78,11 +83,11 @@ class Shard:
     def passage(self, number: int) -> Passage:
         """The passage of that number."""
         row, start, end = self._passages[number, :3].tolist()
-        paragraph, chapter, begin = self._paragraphs[row].tolist()
-        heading = self.about["chapters"][chapter]
+        paragraph, chapter, title, begin = self._paragraphs[row].tolist()
         before = len(self._read(begin, start))
-        book, title = self.about["book"], heading["title"]
-        return Passage(book, heading["number"], title, paragraph, before, self._read(start, end))
+        return Passage(
+            self.about["book"], chapter, self.about["titles"][title], paragraph, before, self._read(start, end)
+        )
 
     def around(self, paragraph: int) -> tuple[str, list[tuple[int, str]]]:
         """See `Library.around`."""
@@ -90,83 +95,95 @@ class Shard:
         row = int(np.searchsorted(rows[:, 0], paragraph))
         if row == len(rows) or rows[row, 0] != paragraph:
             raise LookupError(paragraph)
-        chapter = int(rows[row, 1])
         found = []
         for near in range(max(0, row - AROUND), min(len(rows), row + AROUND + 1)):
-            end = int(rows[near + 1, 2]) if near + 1 < len(rows) else len(self._text)
-            if rows[near, 1] == chapter:
-                found.append((int(rows[near, 0]), self._read(int(rows[near, 2]), end).removesuffix("\n")))
-        return self.about["chapters"][chapter]["title"], found
+            end = int(rows[near + 1, 3]) if near + 1 < len(rows) else len(self._text)
+            if (rows[near, 1:3] == rows[row, 1:3]).all():
+                found.append((int(rows[near, 0]), self._read(int(rows[near, 3]), end).removesuffix("\n")))
+        return self.about["titles"][int(rows[row, 2])], found
 
-    def plain(self, number: int) -> Plain:
-        """The passage's characters."""
-        start, end = self._passages[number, 3:].tolist()
-        found: Plain = self._plain[start:end]
-        return found
+    def plains(self, numbers: NDArray[np.int64]) -> list[Plain]:
+        """The characters of the passages of those numbers."""
+        return [self._plain[start:end] for start, end in self._passages[numbers, 3:].tolist()]
 
     def context(self, number: int) -> Plain:
         """The characters of the passage with those before and after it in the chapter."""
         first, last = max(0, number - CONTEXT), min(self.size - 1, number + CONTEXT)
         around = self._passages[first : last + 1]
-        chapters = self._paragraphs[around[:, 0], 1]
-        same = around[chapters == chapters[number - first]]
+        chapters = self._paragraphs[around[:, 0], 1:3]
+        same = around[(chapters == chapters[number - first]).all(axis=1)]
         found: Plain = self._plain[int(same[0, 3]) : int(same[:, 4].max())]
         return found
 
 
-def build_shard(paragraphs: Sequence[Paragraph], encoder: Encoder, folder: Path, fingerprint: str) -> None:
-    """Writes the folder of a shard, whole or not at all: text.txt (paragraphs, one a line), paragraphs.npy (number,
-    chapter, first byte), plain.npy (`plain` of them all), passages.npy (row in paragraphs.npy, first byte,
-    end, first place in plain.npy, end), lexical/, vectors.usearch and
-    shard.json."""
-    from usearch.index import Index
-
+def build_shard(paragraphs: Iterable[Paragraph], encoder: Encoder, folder: Path, fingerprint: str) -> None:
+    """Writes the folder of a shard of one book, whole or not at all: text.txt (paragraphs, one a line), paragraphs.npy
+    (number, chapter, row of its title, first byte), plain.u16 (`plain` of them all), passages.npy (row in
+    paragraphs.npy, first byte, end, first place in plain.u16, end), postings/, vectors/ and shard.json."""
     made = folder.with_name(f".{folder.name}")
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
-    chapters: dict[tuple[int, str], int] = {}
-    rows, begins, place, plain_place = [], [], 0, 0
-    every = []
-    for p in paragraphs:
-        rows.append((p.number, chapters.setdefault((p.chapter_number, p.chapter), len(chapters)), place))
-        begins.append((place, plain_place))
-        every.append(plain(p.text))
-        place += len(p.text.encode()) + 1
-        plain_place += len(every[-1])
-    places, texts = [], []
-    for span in passages(paragraphs):
-        text, (begin, plain_begin) = paragraphs[span.paragraph].text, begins[span.paragraph]
-        start, plain_start = begin + len(text[: span.start].encode()), plain_begin + len(plain(text[: span.start]))
-        texts.append(plain(text[span.start : span.end]))
-        end = start + len(text[span.start : span.end].encode())
-        places.append((span.paragraph, start, end, plain_start, plain_start + len(texts[-1])))
-    write_whole(made / "text.txt", "".join(p.text + "\n" for p in paragraphs))
-    np.save(made / "paragraphs.npy", np.array(rows, dtype=np.int64).reshape(-1, 3))
-    np.save(made / "passages.npy", np.array(places, dtype=np.int64).reshape(-1, 5))
-    np.save(made / "plain.npy", np.concatenate(every))
-    Lexical.build(texts).save(made / "lexical")
-    index = Index(ndim=encoder.vectors.shape[1], metric="cos", dtype="f16")
-    if texts:
-        index.add(
-            np.arange(len(texts), dtype=np.uint64), encoder.bags([encoder.vocabulary.bag(text) for text in texts])
+    titles: dict[str, int] = {}
+    rows: list[tuple[int, int, int, int]] = []
+    places = [np.zeros((0, 5), np.int64)]
+    byte = character = 0
+    book = ""
+    postings = Writer(made / "postings")
+    unsorted = made / "unsorted.f16"
+    with contextlib.ExitStack() as stack:
+        text_file, plain_file, vector_file = (
+            stack.enter_context(path.open("wb")) for path in (made / "text.txt", made / "plain.u16", unsorted)
         )
-    index.save(str(made / "vectors.usearch"))
-    about = {
-        "book": paragraphs[0].book,
-        "chapters": [{"number": number, "title": title} for number, title in chapters],
-        "fingerprint": fingerprint,
-    }
+        for block in _blocks(paragraphs):
+            book = block[0].book
+            written, plains = [], []
+            spans = {n: list(own) for n, own in itertools.groupby(passages(block), key=lambda span: span.paragraph)}
+            begun = character
+            for n, p in enumerate(block):
+                own, found = _places(p.text, spans.get(n, []), len(rows), byte, character)
+                rows.append((p.number, p.chapter_number, titles.setdefault(p.chapter, len(titles)), byte))
+                places.append(own)
+                plains.append(found)
+                written.append(f"{p.text}\n".encode())
+                byte, character = byte + len(written[-1]), character + len(found)
+            text_file.write(b"".join(written))
+            flat = np.concatenate(plains)
+            flat.tofile(plain_file)
+            new = np.concatenate(places[-len(block) :])
+            starts, ends = new[:, 3] - begun, new[:, 4] - begun
+            postings.add(flat, starts, ends)
+            encoder.parts(flat, starts, ends).astype(np.float16).tofile(vector_file)
+    postings.finish()
+    write_vectors(mapped(unsorted, np.float16).reshape(-1, encoder.vectors.shape[1]), made / "vectors")
+    unsorted.unlink()
+    np.save(made / "paragraphs.npy", np.array(rows, dtype=np.int64).reshape(-1, 4))
+    np.save(made / "passages.npy", np.concatenate(places))
+    about = {"book": book, "titles": list(titles), "fingerprint": fingerprint}
     write_whole(made / "shard.json", json.dumps(about, ensure_ascii=False) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     made.rename(folder)
 
 
-def fingerprint(paragraphs: Sequence[Paragraph], encoder_digest: str) -> str:
-    """What a shard's content follows from."""
-    digest = hashlib.sha256(encoder_digest.encode())
+def _blocks(paragraphs: Iterable[Paragraph]) -> Iterator[list[Paragraph]]:
+    block: list[Paragraph] = []
+    characters = 0
     for p in paragraphs:
-        digest.update(f"{p.book}\t{p.chapter_number}\t{p.chapter}\t{p.number}\t{p.text}\n".encode())
-    return digest.hexdigest()
+        block.append(p)
+        characters += len(p.text)
+        if characters >= BLOCK:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
+
+
+def _places(text: str, spans: Sequence[Span], row: int, byte: int, character: int) -> tuple[NDArray[np.int64], Plain]:
+    """The rows of passages.npy of a paragraph's passages, where it begins at these places, and its characters."""
+    edges = np.array([(span.start, span.end) for span in spans], dtype=np.int64).reshape(-1, 2)
+    found, plain_edges = plain_with_places(text, edges.ravel())
+    numbers = np.full((len(spans), 1), row)
+    in_text, in_plain = byte + bytes_before(text, edges.ravel()), character + plain_edges
+    return np.concatenate([numbers, in_text.reshape(-1, 2), in_plain.reshape(-1, 2)], axis=1), found
 
 
 class Library:
@@ -177,29 +194,37 @@ class Library:
         try:
             names = json.loads((folder / "order.json").read_text("utf-8"))["books"]
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise MiniGLMError(f"检索的索引读不出来（{error}）", path=folder, fix=_AGAIN) from None
+            raise damaged(f"检索的索引读不出来（{error}）", folder) from None
         self.shards = [Shard(folder / name) for name in names]
         self._first = np.cumsum([0, *(shard.size for shard in self.shards)])
+        self._lexical = Bm25([shard.postings for shard in self.shards], self.plains)
+        self._nearest = Nearest([shard.vectors for shard in self.shards])
 
     @property
     def size(self) -> int:
         """Passages in all."""
         return int(self._first[-1])
 
+    def _place(self, number: int) -> tuple[Shard, int]:
+        """The shard of a passage that is counted through all, and its number there."""
+        shard = int(np.searchsorted(self._first, number, "right")) - 1
+        return self.shards[shard], number - int(self._first[shard])
+
     def passage(self, number: int) -> Passage:
         """The passage of that number, counted through all shards."""
-        shard = int(np.searchsorted(self._first, number, "right")) - 1
-        return self.shards[shard].passage(number - int(self._first[shard]))
+        shard, own = self._place(number)
+        return shard.passage(own)
 
-    def plain(self, number: int) -> Plain:
-        """The characters of the passage of that number."""
-        shard = int(np.searchsorted(self._first, number, "right")) - 1
-        return self.shards[shard].plain(number - int(self._first[shard]))
+    def plains(self, numbers: NDArray[np.int64]) -> list[Plain]:
+        """The characters of several passages, whose numbers rise."""
+        edges = np.searchsorted(numbers, self._first)
+        parts = [numbers[low:high] - first for low, high, first in zip(edges, edges[1:], self._first, strict=False)]
+        return [text for shard, own in zip(self.shards, parts, strict=True) for text in shard.plains(own)]
 
     def context(self, number: int) -> Plain:
         """The characters of the passage of that number with those before and after it in its chapter."""
-        shard = int(np.searchsorted(self._first, number, "right")) - 1
-        return self.shards[shard].context(number - int(self._first[shard]))
+        shard, own = self._place(number)
+        return shard.context(own)
 
     def around(self, book: str, paragraph: int) -> tuple[str, list[tuple[int, str]]]:
         """The heading of a paragraph's chapter, and that paragraph with `AROUND` before and after it in the chapter,
@@ -241,25 +266,31 @@ class Library:
         return replace(one, start=start, text=text[start:end])
 
     def search(self, question: Grams, vector: NDArray[np.float32], count: int) -> list[tuple[int, float, float]]:
-        """The `count` most similar by BM25 and as many by vector: (number, BM25, cosine or NaN), in no order."""
-        lexical: dict[int, float] = {}
-        dense: dict[int, float] = {}
-        for shard, first in zip(self.shards, self._first, strict=False):
-            if not shard.size:
-                continue
-            scores = shard.lexical.scores(question)
-            best = np.argpartition(-scores, min(count, shard.size - 1))[:count]
-            lexical |= {int(first + n): float(scores[n]) for n in best}
-            near = shard.vectors.search(vector, count)
-            for key, distance in zip(near.keys, near.distances, strict=True):
-                dense[int(first + key)] = 1.0 - float(distance)
-                lexical.setdefault(int(first + key), float(scores[int(key)]))
-        top = sorted(lexical, key=lambda n: -lexical[n])[:count] + sorted(dense, key=lambda n: -dense[n])[:count]
-        return [(n, lexical[n], dense.get(n, float("nan"))) for n in dict.fromkeys(top)]
+        """The `count` most similar by BM25 and as many by vector: (number, BM25, cosine or NaN), in no order. What is
+        exact of it and what is not in a large library: see `Bm25.candidates` and `Nearest.search`."""
+        query = self._lexical.query(question)
+        near, cosines = self._nearest.search(vector, count)
+        cosine = dict(zip(near.tolist(), cosines.tolist(), strict=True))
+        numbers = np.union1d(self._lexical.candidates(query, count), near)
+        scores = self._lexical.scores(query, numbers)
+        top = set(best(numbers, scores, count).tolist()) | cosine.keys()
+        return [
+            (n, score, cosine.get(n, float("nan")))
+            for n, score in zip(numbers.tolist(), scores.tolist(), strict=True)
+            if n in top
+        ]
 
 
-def build_library(paragraphs: Sequence[Paragraph], encoder: Encoder, digest: str, folder: Path) -> int:
-    """Brings the folder's shards up to these paragraphs, building what is new or changed and removing what is gone.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What becomes a shard: paragraphs of one book, read when they are needed, and what they follow from."""
+
+    source: str
+    paragraphs: Callable[[], Iterable[Paragraph]]
+
+
+def build_library(parts: Iterable[Part], encoder: Encoder, digest: str, folder: Path) -> int:
+    """Brings the folder's shards up to these parts, building what is new or changed and removing what is gone.
 
     Args:
         digest: of the encoder; vectors of another one are of no use.
@@ -276,13 +307,13 @@ def build_library(paragraphs: Sequence[Paragraph], encoder: Encoder, digest: str
             shutil.rmtree(path)
     number = 1 + max((int(path.name) for path in known.values()), default=-1)
     built, order = 0, []
-    for part in _parts(paragraphs):
-        print_of_part = fingerprint(part, digest)
-        if print_of_part not in known:
-            known[print_of_part] = folder / f"{number:04d}"
-            build_shard(part, encoder, known[print_of_part], print_of_part)
+    for part in parts:
+        fingerprint = hashlib.sha256(f"{digest}\t{part.source}".encode()).hexdigest()
+        if fingerprint not in known:
+            known[fingerprint] = folder / f"{number:04d}"
+            build_shard(part.paragraphs(), encoder, known[fingerprint], fingerprint)
             number, built = number + 1, built + 1
-        order.append(known[print_of_part].name)
+        order.append(known[fingerprint].name)
     write_whole(folder / "order.json", json.dumps({"books": order}) + "\n")
     for path in known.values():
         if path.name not in order:
@@ -290,15 +321,21 @@ def build_library(paragraphs: Sequence[Paragraph], encoder: Encoder, digest: str
     return built
 
 
-def _parts(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
+def parts_of(paragraphs: Sequence[Paragraph]) -> list[Part]:
     """The paragraphs of each book, in order; a long book's in parts of some `SHARD` passages."""
-    parts: list[list[Paragraph]] = []
+    runs: list[list[Paragraph]] = []
     characters = 0
     for p in paragraphs:
-        # A new passage begins every 60 characters or so.
-        if not parts or parts[-1][-1].book != p.book or characters > SHARD * 60:
-            parts.append([])
+        if not runs or runs[-1][-1].book != p.book or characters > SHARD * STEP:
+            runs.append([])
             characters = 0
-        parts[-1].append(p)
+        runs[-1].append(p)
         characters += len(p.text)
-    return parts
+    return [Part(_source(run), lambda run=run: run) for run in runs]  # type: ignore[misc]
+
+
+def _source(paragraphs: Sequence[Paragraph]) -> str:
+    digest = hashlib.sha256()
+    for p in paragraphs:
+        digest.update(f"{p.book}\t{p.chapter_number}\t{p.chapter}\t{p.number}\t{p.text}\n".encode())
+    return digest.hexdigest()

@@ -4,6 +4,7 @@ vectors or scores."""
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -82,15 +83,90 @@ Grams = NDArray[np.uint32]
 """Characters and pairs of neighbouring characters by number: a pair's is 65,536 or more."""
 
 
+_NEW, _ODD = 0xFFFF, 0xFFFE
+"""Marks of characters that were not met yet, and of those that become several or depend on their neighbours. Neither is
+a character, so neither is the form of one."""
+_FORMS = np.full(1 << 16, _NEW, dtype=np.uint16)
+"""What each character of the basic plane becomes in `plain`, 0 for nothing: looked up when it is first met."""
+_JAMO = re.compile("[\u1100-\u11ff\ua960-\ua97f\ud7b0-\ud7ff]")
+
+
+def _form(code: int) -> int:
+    whole = unicodedata.normalize("NFKC", chr(code))
+    # Marks and jamo are what normalization joins to the character before them.
+    if any(unicodedata.category(c)[0] == "M" for c in whole) or _JAMO.search(whole) or 0xD800 <= code < 0xE000:
+        return _ODD
+    form = bare(chr(code))
+    return ord(form or "\0") if len(form) < 2 and form < "\U00010000" else _ODD
+
+
+def _codes(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def _forms(codes: NDArray[np.uint32]) -> Plain | None:
+    """What each character becomes by itself, 0 for nothing; None where one of them does not stand by itself."""
+    if not len(codes):
+        return codes.astype(np.uint16)
+    if codes.max() > 0xFFFF:
+        return None
+    found: Plain = _FORMS[codes]
+    highest = found.max()
+    if highest == _NEW:
+        for code in np.unique(codes[found == _NEW]).tolist():
+            _FORMS[code] = _form(code)
+        found = _FORMS[codes]
+        highest = found.max()
+    return None if highest == _ODD else found
+
+
 def plain(text: str) -> Plain:
     """The text's characters without punctuation, in one form."""
-    return np.frombuffer(bare(text).encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint16)
+    forms = _forms(_codes(text))
+    return _codes(bare(text)).astype(np.uint16) if forms is None else forms[forms != 0]
+
+
+def plain_with_places(text: str, places: NDArray[np.int64]) -> tuple[Plain, NDArray[np.int64]]:
+    """`plain` of the text, and how many of its characters come from what stands before each of these places."""
+    forms = _forms(_codes(text))
+    if forms is None:
+        return plain(text), np.array([len(plain(text[:place])) for place in places.tolist()], dtype=np.int64)
+    kept = forms != 0
+    return forms[kept], np.concatenate([[0], np.cumsum(kept)])[places]
+
+
+def bytes_before(text: str, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How many bytes of UTF-8 stand before each of these places."""
+    codes = _codes(text)
+    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    found: NDArray[np.int64] = np.concatenate([[0], np.cumsum(widths)])[places]
+    return found
 
 
 def grams(text: Plain) -> Grams:
     """The text's characters, then the pairs of neighbours, with repetitions."""
+    return np.concatenate([text.astype(np.uint32), neighbours(text)])
+
+
+def neighbours(text: Plain) -> Grams:
+    """Its pairs of neighbouring characters, one fewer than characters."""
     units = text.astype(np.uint32)
-    return np.concatenate([units, (units[:-1] + 1 << 16) | units[1:]])
+    return np.asarray((units[:-1] + 1 << 16) | units[1:], dtype=np.uint32)
+
+
+def flat_grams(texts: Sequence[Plain]) -> tuple[Grams, NDArray[np.int64]]:
+    """`grams` of several texts in one, all characters before all pairs, and which text each is of."""
+    text, owners = np.concatenate(texts), np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    inside = owners[1:] == owners[:-1]
+    return np.concatenate([text.astype(np.uint32), neighbours(text)[inside]]), np.concatenate(
+        [owners, owners[1:][inside]]
+    )
+
+
+def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The numbers start, start + 1, … of each range, `lengths` of them, one range after another."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
 
 
 Numbers = TypeVar("Numbers", bound=np.generic)
@@ -109,9 +185,9 @@ def pairs(found: Grams) -> NDArray[np.bool_]:
 
 
 def triples(text: Plain) -> NDArray[np.uint64]:
-    """The distinct runs of three characters, by number."""
+    """The runs of three characters, by number, with repetitions."""
     units = text.astype(np.uint64)
-    return distinct(np.asarray(units[:-2] << 32 | units[1:-1] << 16 | units[2:], dtype=np.uint64))
+    return np.asarray(units[:-2] << 32 | units[1:-1] << 16 | units[2:], dtype=np.uint64)
 
 
 def kinds(question: str) -> NDArray[np.float32]:

@@ -1,0 +1,12 @@
+"""The one fault that a user can mend of everything that lies in an index: it cannot be read, so it is made anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from miniglm.errors import MiniGLMError
+
+
+def damaged(message: str, path: Path) -> MiniGLMError:
+    """What to raise: `message`, where it is, and the mend."""
+    return MiniGLMError(message, path=path, fix="删去运行目录里的 index，再运行 miniglm index")
