@@ -48,7 +48,8 @@ def run_of(shape: str, steps: tuple[int, int], seed: int, source: Path, folder: 
     stages = {f"{name}.{key}": value for name in STAGES for key, value in more.items()}
     run = Run(folder, load_recipe(None, {"run.minutes": None, "run.seed": seed} | sizes | lengths | stages))
     for name in ("corpus", "qa", "tokenizer", "tokens"):
-        shutil.copytree(source / name, folder / name)
+        if not (folder / name).exists():
+            shutil.copytree(source / name, folder / name)
     return run
 
 
@@ -115,13 +116,16 @@ def main() -> None:
     options.add_argument("--seconds", type=float, nargs=2, default=[197.0, 240.0], help="of either stage")
     options.add_argument("--pretrain-only", action="store_true")
     options.add_argument("--data", type=Path, help="a folder with the data stages done; made if it is not there")
+    options.add_argument(
+        "--runs", type=Path, help="keep the runs there: what was stopped goes on with the same command"
+    )
     given = options.parse_args()
     if given.what == "table":
         rows = [json.loads(line) for line in FOUND.read_text("utf-8").splitlines()]
         report("size_rule_table", "Size of the model, by time", rows, given, times=json.loads(TIMES.read_text("utf-8")))
         return
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
+        scratch = given.runs or Path(name)
         source = prepared(given.data or scratch / "data")
         if given.what == "time":
             measure_times(given.shapes, given.steps, given.rounds, source, scratch)
