@@ -30,13 +30,15 @@ from miniglm.recipe import load_recipe
 
 TIMES, FOUND = (ROOT / "benchmarks" / "results" / name for name in ("size_rule_times.json", "size_rule.jsonl"))
 STAGES = ("pretrain", "finetune")
+RECIPE: dict[str, Any] = {"run.minutes": None}
+"""What all runs have in common; the rest of the default recipe goes with it."""
 TRAINING_SHARE = 0.93
 """Of a stage's time that its steps take; the rest goes into validations and saving (docs/how-minutes-work.md)."""
 
 
 def prepared(folder: Path) -> Path:
     """A folder whose data stages are done, to copy from."""
-    tokenize(Run(folder, load_recipe(None, {"run.minutes": None, "pretrain.steps": 1, "finetune.steps": 1})))
+    tokenize(Run(folder, load_recipe(None, RECIPE | {f"{name}.steps": 1 for name in STAGES})))
     return folder
 
 
@@ -46,7 +48,7 @@ def run_of(shape: str, steps: tuple[int, int], seed: int, source: Path, folder: 
     sizes = {"model.hidden_size": width, "model.num_hidden_layers": layers}
     lengths = {f"{name}.steps": count for name, count in zip(STAGES, steps, strict=True)}
     stages = {f"{name}.{key}": value for name in STAGES for key, value in more.items()}
-    run = Run(folder, load_recipe(None, {"run.minutes": None, "run.seed": seed} | sizes | lengths | stages))
+    run = Run(folder, load_recipe(None, RECIPE | {"run.seed": seed} | sizes | lengths | stages))
     for name in ("corpus", "qa", "tokenizer", "tokens"):
         if not (folder / name).exists():
             shutil.copytree(source / name, folder / name)
