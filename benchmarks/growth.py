@@ -103,7 +103,7 @@ def draw(sizes: list[dict[str, Any]], contexts: list[dict[str, Any]], path: Path
         axes.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
 
 
 def main() -> None:
