@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 from pathlib import Path
 
@@ -96,3 +97,38 @@ def test_two_processes_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
 
     found = measure(argparse.Namespace(width=64, layers=2, rows=2, steps=5), 2, 1, False)
     assert found["processes"] == 2 and 0 < found["exchange_share"] < 1 and found["tokens_per_second"] > 0
+
+
+def test_the_reference_way_is_timed_by_counted_steps() -> None:
+    from reference_model import Sizes
+    from time_to_quality import reference_run
+
+    texts = {"train": TEXT, "validation": TEXT[:600]}
+    found = reference_run(texts, Sizes(1, 2, 32, 16, 4), 0.5, 1, every=10, step_seconds=1.0, used_only=True)
+    assert 25 <= found["steps"] <= 30 and found["vocabulary"] < 1000  # half a minute, less what tokenizing took
+    assert found["seconds"] == pytest.approx(30, abs=1) and 0 < found["final"] < 30
+
+
+def test_sizes_are_timed_and_trained_for_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    import size_rule
+
+    book = tmp_path / "书.txt"
+    rng = random.Random(0)
+    lines = ("".join(rng.choices("曹刘孙袁操备权绍引兵里却说战城马军将", k=80)) + "。" for _ in range(40))
+    book.write_text("第一回 起\n" + "\n".join(lines), "utf-8")
+    for name, count in (("train", 30), ("val", 10)):
+        rows = [{"question": f"{name}第{n}问？", "answer": f"答{n}。", "keys": [[f"答{n}"]]} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(r) for r in rows), "utf-8")
+    sets = {"qa.train": [str(tmp_path / "train.jsonl")], "qa.validation": [str(tmp_path / "val.jsonl")]}
+    small = {"corpus.books": [str(book)], "tokenizer.vocab_size": 400, "model.context": 32}
+    monkeypatch.setattr(size_rule, "RECIPE", size_rule.RECIPE | sets | small)
+    monkeypatch.setattr(size_rule, "TIMES", tmp_path / "times.json")
+    source = size_rule.prepared(tmp_path / "data")
+    size_rule.measure_times(["32x1"], 6, 1, source, tmp_path)
+    times = json.loads((tmp_path / "times.json").read_text("utf-8"))["32x1"]
+    assert all(0 < each < 10 for each in times)
+    (tmp_path / "times.json").write_text(json.dumps({"32x1": [0.93, 0.93]}), "utf-8")
+    found = size_rule.train_shape("32x1", 1, [5.0, 4.0], False, source, tmp_path / "run")
+    assert found["steps"] == "5+4" and 0 <= found["validation %"] <= 100 and found["bits/char, text"] > 0

@@ -151,9 +151,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         """hidden: (n, D); weight: (V, D); labels: (n,). Returns the sum of the losses in float32. A single loss is
         at most 87, where float32 probabilities end."""
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # a frozen output layer needs none
-        # Larger blocks would leave the cache, smaller ones add too little to the weights' gradient for each pass over
-        # it; a GPU wants few launches instead.
-        rows = max(32, 2**21 // weight.shape[0]) if hidden.device.type == "cpu" else 4096
+        # Larger blocks would leave the cache, but fewer rows than these do too little for each pass over the weights
+        # and their gradient (docs/speed.md); a GPU wants few launches instead.
+        rows = max(256, 2**21 // weight.shape[0]) if hidden.device.type == "cpu" else 4096
         compute = active_dtype(weight)
         matrix = weight.to(compute)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
