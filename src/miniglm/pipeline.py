@@ -44,7 +44,7 @@ from miniglm.evaluation.pictures import draw_losses
 from miniglm.files import check_digests, file_digests, keep_dated, read_json, write_json, write_whole
 from miniglm.large_tokens import tokenize_shards, training_tokens
 from miniglm.locate import find_model, pick_device
-from miniglm.lookup import answerer_of, has_index
+from miniglm.lookup import answerer_of, has_index, is_current
 from miniglm.model import GLM
 from miniglm.planning import LENGTHS, UTILISATION, Plan, choose_precision, lengths, measure_gigaflops, plan
 from miniglm.qa.formats import Example, read_examples, to_row, write_jsonl
@@ -616,9 +616,11 @@ def index(run: Run, seconds: float | None = None) -> None:
         seconds: for training the encoder; default: `ENCODER_SHARE` of the recipe's minutes.
     """
     prepare(run)
-    if has_index(run.path / "index"):
+    if is_current(run.path / "index"):
         run.skip("index")
         return
+    if has_index(run.path / "index"):
+        say("查找的索引是别的版本建的，重新建")
     from miniglm.lookup.build import MOST_TEXT, build_index
     from miniglm.lookup.texts import text_parts, text_sample
 
@@ -825,7 +827,7 @@ def demo(run: Run, begun: float) -> None:
     seconds = None
     if run.recipe.run.minutes is not None:
         total = 60 * run.recipe.run.minutes
-        kept = SCORE_SHARE if has_index(run.path / "index") else SCORE_SHARE + ENCODER_SHARE + INDEX_SHARE
+        kept = SCORE_SHARE if is_current(run.path / "index") else SCORE_SHARE + ENCODER_SHARE + INDEX_SHARE
         seconds = max(0.25 * total, total * (1 - kept) - (time.monotonic() - begun))
     finetune(run, seconds)
     index(run)

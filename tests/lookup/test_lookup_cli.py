@@ -44,6 +44,12 @@ def test_index_alone_answers_from_a_book_without_questions(material: Path, tmp_p
     assert done.returncode == 0 and done.stdout.startswith(("【第", "书中没有"))
     again = miniglm("index", "--out", out)
     assert "查找已完成，跳过" in again.stderr
+    about = out / "index" / "index.json"
+    about.write_text(about.read_text("utf-8").replace('"format": ', '"format": 9'), "utf-8")
+    fails("ask", out, QUESTION, words=("index", "格式", "miniglm index --out"))
+    anew = miniglm("index", "--out", out)
+    assert "重新建" in anew.stderr and "查找完成" in anew.stderr
+    assert miniglm("ask", out, QUESTION).stdout.startswith(("【第", "书中没有"))
     fails("ask", out, QUESTION, "--closed-book", words=("没有训练好的模型",))
 
 

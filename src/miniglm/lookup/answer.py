@@ -106,6 +106,14 @@ def has_index(folder: Path) -> bool:
     return (folder / "index.json").is_file()
 
 
+def is_current(folder: Path) -> bool:
+    """Whether the index in the folder is one that this version reads."""
+    try:
+        return bool(json.loads((folder / "index.json").read_text("utf-8"))["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def answerer_of(run: Path) -> Answerer | None:
     """What answers from the index of a run folder; None where it has none."""
     return Answerer(run / "index") if has_index(run / "index") else None
@@ -126,10 +134,9 @@ class Answerer:
             raise MiniGLMError("这里没有检索的索引", path=folder, fix="先运行 miniglm index")
         try:
             form = json.loads((folder / "index.json").read_text("utf-8"))["format"]
-            judge = json.loads((folder / "judge.json").read_text("utf-8"))
             if form != FORMAT:
                 raise ValueError(f"格式是 {form}，这个版本只认 {FORMAT}")
-            self.judge = Judge.from_json(judge)
+            self.judge = Judge.from_json(json.loads((folder / "judge.json").read_text("utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(f"检索的索引读不出来（{error}）", folder) from None
         self.encoder = Encoder.load(folder / "encoder")

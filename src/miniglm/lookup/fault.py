@@ -9,4 +9,4 @@ from miniglm.errors import MiniGLMError
 
 def damaged(message: str, path: Path) -> MiniGLMError:
     """What to raise: `message`, where it is, and the mend."""
-    return MiniGLMError(message, path=path, fix="删去运行目录里的 index，再运行 miniglm index")
+    return MiniGLMError(message, path=path, fix="运行 miniglm index --out 运行目录 重建；还是不行就先删去其中的 index")
