@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from miniglm.generation import Engine, SamplingSettings
-from miniglm.lookup.answer import Answer, Answerer
+from miniglm.lookup.answer import Answerer, with_sources
 from miniglm.model import GLM
 from miniglm.qa.formats import Example
 from miniglm.qa.questions import normalize_question
@@ -172,20 +172,6 @@ def terminal_lookup(
 ) -> None:
     """As `terminal_chat`, with answers from the book."""
     _converse(BookSession(answerer), False, read, write)
-
-
-def with_sources(answer: Answer) -> str:
-    """An answer for the terminal: each statement with where the book says so, or what of it is nearest."""
-    quotes = [f"{c.label}{c.quoted}" for c in answer.citations]
-    if answer.refused:
-        return answer.text + ("。最接近的段落：\n" + "\n".join(quotes[:3]) if quotes else "。")
-    if answer.kind == "fact":
-        return "\n".join([answer.text, *quotes[:1]])
-    lines = []
-    for said in answer.statements:
-        label = said.citation.label if said.citation else ""
-        lines.append(f"{label}{said.text}" if said.verbatim else f"{said.text}{label}")
-    return "\n".join(lines)
 
 
 def _converse(

@@ -366,7 +366,6 @@ def ask(
         )
     if question is not None and not question.strip():
         raise MiniGLMError("问题是空的")
-    from miniglm.chat import answer_questions
     from miniglm.qa.formats import Example, Turn, read_examples, write_jsonl
 
     if file is not None:
@@ -383,6 +382,8 @@ def ask(
         _say_unused(context)
         _ask_book(answerer, questions, single=file is None, out=out)
         return
+    from miniglm.chat import answer_questions
+
     model, tokenizer = _load(run, device)
     settings = _settings(tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
     if file is None:
@@ -408,7 +409,7 @@ def _ask_book(answerer: Answerer, questions: Sequence[Example], *, single: bool,
     """Answers from the book: printed, or with all citations into a file."""
     from dataclasses import asdict
 
-    from miniglm.chat import with_sources
+    from miniglm.lookup import with_sources
     from miniglm.lookup.measure import answer_all
     from miniglm.qa.formats import write_jsonl
     from miniglm.ui import count_bar, say

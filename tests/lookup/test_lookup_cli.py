@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 from running import fails, miniglm
@@ -15,6 +17,15 @@ def test_ask_says_where_the_answer_is_from(finished: Path) -> None:
     assert done.returncode == 0 and "【第" in done.stdout and "回】" in done.stdout
     closed = miniglm("ask", finished, QUESTION, "--closed-book")
     assert closed.returncode == 0 and "【第" not in closed.stdout
+
+
+def test_ask_answers_from_the_book_without_torch(finished: Path) -> None:
+    """Importing it takes longer than all the rest."""
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))\n"
+    code += f"sys.argv = ['miniglm', 'ask', {str(finished)!r}, {QUESTION!r}]\nfrom miniglm.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    assert done.stdout.splitlines()[-1].startswith("False")
+    assert done.stdout.splitlines()[:-1] == miniglm("ask", finished, QUESTION).stdout.splitlines()
 
 
 def test_options_that_only_the_model_has_use_for_are_named(finished: Path) -> None:

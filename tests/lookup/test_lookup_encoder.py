@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from miniglm.errors import MiniGLMError
-from miniglm.lookup.encoder import SORTED, Batch, Encoder, build_vocabulary, train_encoder
+from miniglm.lookup.encoder import SORTED, Encoder, build_vocabulary
 from miniglm.lookup.text import grams, plain
+from miniglm.lookup.training import Batch, train_encoder
 
 SAME = [("玄德", "刘备"), ("孔明", "诸葛"), ("云长", "关羽"), ("翼德", "张飞"), ("孟德", "曹操"), ("子龙", "赵云")]
 

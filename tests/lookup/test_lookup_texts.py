@@ -10,10 +10,11 @@ from running import miniglm
 
 from miniglm.corpus import large
 from miniglm.lookup import library
-from miniglm.lookup.encoder import Encoder, build_vocabulary, train_encoder
+from miniglm.lookup.encoder import Encoder, build_vocabulary
 from miniglm.lookup.library import Library, build_library
 from miniglm.lookup.text import grams, plain
 from miniglm.lookup.texts import TITLE, text_parts, text_sample
+from miniglm.lookup.training import train_encoder
 
 DOCUMENTS = [
     f"第{n}篇说的是{place}。\n那里出产{thing}。"

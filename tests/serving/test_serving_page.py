@@ -26,10 +26,10 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request,
 from report_sample import make_report
 from served import MODEL, serving
 
-from miniglm.chat import Message, with_sources
+from miniglm.chat import Message
 from miniglm.checkpoint import load_model, read_config
 from miniglm.corpus import Paragraph
-from miniglm.lookup import Answerer
+from miniglm.lookup import Answerer, with_sources
 from miniglm.lookup.build import build_index
 from miniglm.qa.formats import read_examples
 from miniglm.serving.app import create_app

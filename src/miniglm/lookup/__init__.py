@@ -5,6 +5,26 @@ trained in the run; a learnt choice among what they find, and a threshold below 
 nothing of the decoder, of chat or of the command line. See docs/lookup.md.
 """
 
-from miniglm.lookup.answer import NOT_FOUND, Answer, Answerer, Citation, Statement, answerer_of, has_index, is_current
+from miniglm.lookup.answer import (
+    NOT_FOUND,
+    Answer,
+    Answerer,
+    Citation,
+    Statement,
+    answerer_of,
+    has_index,
+    is_current,
+    with_sources,
+)
 
-__all__ = ["NOT_FOUND", "Answer", "Answerer", "Citation", "Statement", "answerer_of", "has_index", "is_current"]
+__all__ = [
+    "NOT_FOUND",
+    "Answer",
+    "Answerer",
+    "Citation",
+    "Statement",
+    "answerer_of",
+    "has_index",
+    "is_current",
+    "with_sources",
+]

@@ -101,6 +101,20 @@ class Answer:
         return self.kind == "refused"
 
 
+def with_sources(answer: Answer) -> str:
+    """An answer for the terminal: each statement with where the book says so, or what of it is nearest."""
+    quotes = [f"{c.label}{c.quoted}" for c in answer.citations]
+    if answer.refused:
+        return answer.text + ("。最接近的段落：\n" + "\n".join(quotes[:3]) if quotes else "。")
+    if answer.kind == "fact":
+        return "\n".join([answer.text, *quotes[:1]])
+    lines = []
+    for said in answer.statements:
+        label = said.citation.label if said.citation else ""
+        lines.append(f"{label}{said.text}" if said.verbatim else f"{said.text}{label}")
+    return "\n".join(lines)
+
+
 def has_index(folder: Path) -> bool:
     """Whether a whole index lies in the folder."""
     return (folder / "index.json").is_file()

@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 from miniglm.corpus import Paragraph
 from miniglm.files import file_digest, write_whole
 from miniglm.lookup.answer import FORMAT
-from miniglm.lookup.encoder import Bag, Batch, Encoder, build_vocabulary, train_encoder
+from miniglm.lookup.encoder import Bag, Encoder, build_vocabulary
 from miniglm.lookup.facts import Fact, Memory, facts_of, locate, without
 from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Part, build_library, parts_of
 from miniglm.lookup.look import Judge, Look, in_doubt, look, share_of, signals
 from miniglm.lookup.ranking import fit_logistic, fit_ranker
 from miniglm.lookup.text import passages, plain, sentences
+from miniglm.lookup.training import Batch, train_encoder
 from miniglm.qa.formats import Example
 from miniglm.qa.keys import holds_keys
 

@@ -1,26 +1,23 @@
 """A small text encoder that a run trains for itself: the weighted sum of learnt vectors of characters and pairs of
 characters, scaled to length 1. Knows nothing of questions, books or files' places.
 
-A bag needs no order and no layers, so it trains in a minute on a processor and encodes a text in microseconds.
-Training is contrastive with in-batch negatives in both directions (InfoNCE; van den Oord et al. 2018; Henderson et al.
-2017 for the in-batch form). Vectors are updated by Adam on the rows of a batch alone, with one second moment a row.
+A bag needs no order and no layers, so it trains in a minute on a processor (training.py) and encodes a text in
+microseconds.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.numpy import load_file, save
 
 from miniglm.files import write_whole
 from miniglm.lookup.fault import damaged
+from miniglm.lookup.sums import unit_sums
 from miniglm.lookup.text import Grams, Plain, grams, neighbours, plain, ranges
 
 Bag = NDArray[np.int64]
@@ -29,8 +26,6 @@ DIMENSIONS = 256
 LARGEST_VOCABULARY = 120_000
 AT_ONCE = 1024
 """Texts that are encoded at once."""
-RATE = 1e-2
-TEMPERATURE = 0.05
 UNKNOWN = 0
 SORTED = 2000
 """N-grams from which it is faster to look them up in order."""
@@ -96,16 +91,17 @@ class Encoder:
         vectors: (n-grams, dimensions) the weighted vector of each.
     """
 
-    def __init__(self, vocabulary: Vocabulary, vectors: torch.Tensor) -> None:
+    def __init__(self, vocabulary: Vocabulary, vectors: NDArray[np.float32]) -> None:
         self.vocabulary, self.vectors = vocabulary, vectors
-        self.lengths = vectors.norm(dim=-1, keepdim=True)
+        self.lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
 
     def bags(self, bags: Sequence[Bag]) -> NDArray[np.float32]:
         """Vectors of length 1, (bags, dimensions); all zero for a bag of nothing known."""
         made = [np.zeros((0, self.vectors.shape[1]), dtype=np.float32)]
         for start in range(0, len(bags), AT_ONCE):
             some = bags[start : start + AT_ONCE]
-            made.append(_unit_sums(some, self.vectors).numpy())
+            starts = np.cumsum([0, *(len(bag) for bag in some[:-1])])
+            made.append(unit_sums(self.vectors, np.concatenate(some), starts))
         return np.concatenate(made)
 
     def parts(self, text: Plain, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -119,15 +115,14 @@ class Encoder:
         made = [np.zeros((0, self.vectors.shape[1]), dtype=np.float32)]
         for at in range(0, len(starts), AT_ONCE):
             own = lengths[at : at + AT_ONCE]
-            flat = torch.from_numpy(numbers[ranges(first[at : at + AT_ONCE].ravel(), own.ravel())])
-            offsets = torch.from_numpy(np.cumsum(own.sum(axis=1)) - own.sum(axis=1))
-            summed = torch.nn.functional.embedding_bag(flat, self.vectors, offsets, mode="sum", padding_idx=UNKNOWN)
-            made.append(torch.nn.functional.normalize(summed, dim=-1).numpy())
+            rows = numbers[ranges(first[at : at + AT_ONCE].ravel(), own.ravel())]
+            starts_of = np.cumsum(own.sum(axis=1)) - own.sum(axis=1)
+            made.append(unit_sums(self.vectors, rows, starts_of, without=UNKNOWN))
         return np.concatenate(made)
 
     def bag(self, bag: Bag) -> NDArray[np.float32]:
         """The vector of one, (dimensions,), as `bags` gives it, without what torch takes to begin."""
-        summed = self.vectors.numpy()[bag].sum(axis=0)
+        summed = self.vectors[bag].sum(axis=0)
         found: NDArray[np.float32] = summed / max(float(np.linalg.norm(summed)), 1e-12)
         return found
 
@@ -138,8 +133,8 @@ class Encoder:
     def save(self, folder: Path) -> None:
         """Writes encoder.safetensors into `folder`, the vectors as float16."""
         folder.mkdir(parents=True, exist_ok=True)
-        names, idf = torch.from_numpy(self.vocabulary.names.astype(np.int64)), torch.from_numpy(self.vocabulary.idf)
-        write_whole(folder / FILE, save({"vectors": self.vectors.half(), "idf": idf, "names": names}))
+        names, idf = self.vocabulary.names.astype(np.int64), self.vocabulary.idf
+        write_whole(folder / FILE, save({"vectors": self.vectors.astype(np.float16), "idf": idf, "names": names}))
 
     @classmethod
     def load(cls, folder: Path) -> Encoder:
@@ -150,75 +145,9 @@ class Encoder:
         """
         try:
             tensors = load_file(folder / FILE)
-            vectors, idf, names = tensors["vectors"].float(), tensors["idf"].numpy(), tensors["names"].numpy()
+            vectors, idf, names = tensors["vectors"].astype(np.float32), tensors["idf"], tensors["names"]
             if not len(names) + 1 == len(vectors) == len(idf):
                 raise ValueError(f"词表有 {len(names)} 项，向量有 {len(vectors)} 行")
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise damaged(f"检索的编码器读不出来（{error}）", folder / FILE) from None
         return cls(Vocabulary(names.astype(np.uint32), idf), vectors)
-
-
-def _unit_sums(bags: Sequence[Bag], vectors: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """Sums of each bag's vectors, scaled to length 1; `rows`: the bags' numbers one after another, if not their own."""
-    starts = torch.from_numpy(np.cumsum([0, *(len(bag) for bag in bags[:-1])]))
-    flat = torch.from_numpy(np.concatenate(bags)) if rows is None else rows
-    summed = torch.nn.functional.embedding_bag(flat, vectors, starts, mode="sum")
-    return torch.nn.functional.normalize(summed, dim=-1)
-
-
-Batch = tuple[list[Bag], list[Bag]]
-"""Texts and what each of them belongs to: the other rows of the second list are the negatives."""
-
-
-def train_encoder(
-    vocabulary: Vocabulary,
-    batches: Callable[[Callable[[], Encoder], float], Batch],
-    seconds: float,
-    seed: int,
-    *,
-    most_steps: int,
-    progress: Callable[[float], None] = lambda share: None,
-) -> Encoder:
-    """Trains for `seconds` by the clock, the learning rate falling to nothing.
-
-    Args:
-        batches: gives a batch; gets what gives the encoder as it is (to find hard negatives), and the share of the
-            time that is gone.
-        most_steps: where training ends even if there is time left.
-        progress: is told the share of the time that is gone.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = len(vocabulary.idf)
-    vectors = torch.randn(size, DIMENSIONS, generator=generator) / math.sqrt(DIMENSIONS)
-    weights = torch.from_numpy(vocabulary.idf / max(float(vocabulary.idf.mean()), 1e-6))[:, None].clone()
-    parts = (vectors, weights)
-    first = [torch.zeros_like(part) for part in parts]
-    second = [torch.zeros(size, 1) for _ in parts]
-    begun, steps = time.monotonic(), 0
-
-    def current() -> Encoder:
-        return Encoder(vocabulary, vectors * weights)
-
-    while True:
-        share = max((time.monotonic() - begun) / max(seconds, 1e-6), steps / most_steps)
-        progress(min(share, 1.0))
-        if share >= 1:
-            break
-        left, right = batches(current, share)
-        rows, places = np.unique(np.concatenate(left + right), return_inverse=True)
-        at = torch.from_numpy(rows)
-        own = [part[at].requires_grad_(True) for part in parts]
-        weighted, where = own[0] * own[1], torch.from_numpy(places)
-        half = sum(map(len, left))
-        scores = _unit_sums(left, weighted, where[:half]) @ _unit_sums(right, weighted, where[half:]).T / TEMPERATURE
-        target = torch.arange(len(left))
-        loss = torch.nn.functional.cross_entropy(scores, target) + torch.nn.functional.cross_entropy(scores.T, target)
-        for part, mean, square, row, gradient in zip(
-            parts, first, second, own, torch.autograd.grad(loss / 2, own), strict=True
-        ):
-            moved = mean[at].mul_(0.9).add_(gradient, alpha=0.1)
-            spread = square[at].mul_(0.99).add_(gradient.pow(2).mean(1, keepdim=True), alpha=0.01)
-            mean[at], square[at] = moved, spread
-            part[at] = row.detach() - RATE * max(0.02, 1 - share) * moved / (spread.sqrt() + 1e-8)
-        steps += 1
-    return current()

@@ -80,8 +80,8 @@ class Query:
         self.vector = encoder.bag(bag)
         self.weights = _weights(self.distinct, encoder)
         own = distinct(bag)
-        strength = encoder.lengths.numpy()[own, 0]
-        self.directions = encoder.vectors.numpy()[own] / np.maximum(strength, 1e-6)[:, None]
+        strength = encoder.lengths[own, 0]
+        self.directions = encoder.vectors[own] / np.maximum(strength, 1e-6)[:, None]
         self.strength = strength / max(float(strength.sum()), 1e-6)
 
     def held(self, texts: Sequence[Grams]) -> NDArray[np.bool_]:
@@ -114,7 +114,7 @@ class Query:
         wanted[every] = True
         rows = np.flatnonzero(wanted)
         places = (np.cumsum(wanted) - 1)[every]
-        vectors, lengths = self.encoder.vectors.numpy()[rows], self.encoder.lengths.numpy()[rows]
+        vectors, lengths = self.encoder.vectors[rows], self.encoder.lengths[rows]
         near = (vectors @ self.directions.T / np.maximum(lengths, 1e-6))[places]
         best: Floats = np.maximum.reduceat(near, _starts(bags), axis=0) @ self.strength
         return best

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = NDArray[np.float32]
 FARTHEST = 3.0
@@ -63,6 +65,8 @@ def fit_ranker(
     Raises:
         ValueError: no list has a right candidate.
     """
+    import torch
+
     lists = [(x, right) for x, right in lists if right.any()]
     if not lists:
         raise ValueError("no list has a right candidate")
@@ -91,6 +95,8 @@ def fit_ranker(
 
 def fit_logistic(features: Floats, target: NDArray[np.bool_], decay: float = 1e-2) -> Linear:
     """Logistic regression, both classes weighing the same, with an L2 penalty."""
+    import torch
+
     mean, spread = features.mean(axis=0), features.std(axis=0) + 1e-6
     x, y = torch.from_numpy(_standard(features, mean, spread)), torch.from_numpy(target.astype(np.float32))
     share = float(np.clip(y.mean(), 1e-3, 1 - 1e-3))
@@ -109,6 +115,8 @@ def fit_logistic(features: Floats, target: NDArray[np.bool_], decay: float = 1e-
 
 
 def _minimize(loss: Any, parameters: list[torch.Tensor]) -> None:
+    import torch
+
     optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from miniglm.lookup.postings import mapped
+from miniglm.lookup.sums import half_products
 from miniglm.lookup.text import ranges
+
+if TYPE_CHECKING:
+    import torch
 
 SCANNED = 20_000
 """Vectors that a search looks at, the rest of the last list aside."""
@@ -33,6 +37,8 @@ def write_vectors(vectors: NDArray[np.float16], folder: Path) -> None:
     Args:
         vectors: (vectors, dimensions).
     """
+    import torch
+
     folder.mkdir(parents=True)
     size = len(vectors)
     centres = _centres(vectors, max(1, size // LIST)) if size else torch.zeros(1, vectors.shape[1])
@@ -50,12 +56,16 @@ def write_vectors(vectors: NDArray[np.float16], folder: Path) -> None:
 
 
 def _nearest(vectors: NDArray[np.float16], centres: torch.Tensor) -> NDArray[np.int64]:
+    import torch
+
     found: NDArray[np.int64] = (torch.from_numpy(vectors.astype(np.float32)) @ centres.T).argmax(dim=1).numpy()
     return found
 
 
 def _centres(vectors: NDArray[np.float16], count: int) -> torch.Tensor:
     """Spherical k-means (Dhillon and Modha 2001) on an even part of the vectors; an empty list keeps its centre."""
+    import torch
+
     chosen = np.linspace(0, len(vectors) - 1, min(len(vectors), LEARNT * count)).astype(np.int64)
     some = torch.from_numpy(vectors[chosen].astype(np.float32))
     centres = some[torch.linspace(0, len(some) - 1, count).long()].clone()
@@ -75,7 +85,7 @@ class Vectors:
             for name in ("rows", "ends", "centres")
         )
         found = mapped(folder / "vectors.f16", np.float16)
-        self.stored = torch.from_numpy(found.reshape(len(self.rows), self.centres.shape[1]))
+        self.stored = found.reshape(len(self.rows), self.centres.shape[1])
         if len(self.ends) != len(self.centres) or int(self.ends[-1]) != len(self.rows):
             raise ValueError("向量的个数不对")
 
@@ -97,14 +107,12 @@ class Nearest:
         if not len(self._sizes):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
         chosen = self._chosen(vector)
-        query = torch.from_numpy(vector)
-        half = query.half()
         owners, starts, sizes = self._owner[chosen], self._starts[chosen], self._sizes[chosen]
         scores = [
-            self._parts[owner].stored[start : start + size] @ half
+            half_products(self._parts[owner].stored[start : start + size], vector)
             for owner, start, size in zip(owners.tolist(), starts.tolist(), sizes.tolist(), strict=True)
         ]
-        flat = torch.cat(scores).float().numpy()
+        flat = np.concatenate(scores)
         # Rounded sums choose twice as many as are wanted, full ones choose among these.
         best = (
             np.sort(np.argpartition(-flat, 2 * count)[: 2 * count]) if len(flat) > 2 * count else np.arange(len(flat))
@@ -114,7 +122,7 @@ class Nearest:
         for owner in np.unique(owners).tolist():
             own, part = owners == owner, self._parts[owner]
             numbers[own] = self._first[owner] + part.rows[rows[own]]
-            cosines[own] = (part.stored[torch.from_numpy(rows[own])].float() @ query).numpy()
+            cosines[own] = part.stored[rows[own]].astype(np.float32) @ vector
         order = np.lexsort((numbers, -cosines))[:count]
         return numbers[order], cosines[order]
 

@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING, Any, cast
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported; also for what it makes by itself
 import gradio as gr
 
-from miniglm.chat import with_sources
 from miniglm.checkpoint import read_config
 from miniglm.errors import MiniGLMError
 from miniglm.locate import find_model
-from miniglm.lookup import Citation
+from miniglm.lookup import Citation, with_sources
 from miniglm.qa.formats import read_examples
 from miniglm.qa.questions import normalize_question
 from miniglm.serving import page_text
