@@ -304,7 +304,9 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     for name, digest in json.loads(read_header(files[0])[1].get("files", "{}")).items():
         if name in DESCRIBING and file_digest(folder / name, text=True) != digest:
             raise MiniGLMError("内容与保存模型时的校验和不符", path=folder / name, fix=INCOMPLETE)
-    model = model.to_empty(device=device)
+    # As `to_empty`, which imports sympy on the way.
+    empty = {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in model.state_dict().items()}
+    model.load_state_dict(empty, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     parameters = dict(model.state_dict())
