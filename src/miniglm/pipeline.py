@@ -802,12 +802,12 @@ def peak_memory() -> int | None:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-SCORE_SHARE = 0.12
-"""Share of the minutes kept for scoring, loading and drawing."""
+SCORE_SHARE, LEAST_SCORE = 0.12, 28.0
+"""Share of the minutes kept for scoring, loading and drawing, and the least of that in seconds."""
 ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 180.0
 """Share of the minutes in which the look-up's encoder learns, and the bounds of that in seconds."""
-INDEX_SHARE = 0.05
-"""Share of the minutes kept for the rest of the index: its vectors, and learning to choose."""
+INDEX_SHARE, LEAST_INDEX = 0.05, 20.0
+"""Share of the minutes kept for the rest of the index, its vectors and learning to choose, and the least in seconds."""
 ALL_QUESTIONS = 10.0
 """Minutes from which on scoring asks all questions."""
 LEAST_QUESTIONS = 200
@@ -827,8 +827,10 @@ def demo(run: Run, begun: float) -> None:
     seconds = None
     if run.recipe.run.minutes is not None:
         total = 60 * run.recipe.run.minutes
-        kept = SCORE_SHARE if is_current(run.path / "index") else SCORE_SHARE + ENCODER_SHARE + INDEX_SHARE
-        seconds = max(0.25 * total, total * (1 - kept) - (time.monotonic() - begun))
+        kept = max(SCORE_SHARE * total, LEAST_SCORE)
+        if not is_current(run.path / "index"):
+            kept += ENCODER_SHARE * total + max(INDEX_SHARE * total, LEAST_INDEX)
+        seconds = max(0.25 * total, total - kept - (time.monotonic() - begun))
     finetune(run, seconds)
     index(run)
     if not (run.path / "report" / "report.json").exists():

@@ -67,7 +67,7 @@ class GPT2(GLM):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__(config)
         empty = torch.empty(config.max_position_embeddings, config.hidden_size)
-        self.positions = nn.Embedding.from_pretrained(empty, freeze=False)
+        self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size, _weight=empty)
         for layer in self.model.layers:
             layer.input_layernorm = nn.LayerNorm(config.hidden_size, EPS)
             layer.post_attention_layernorm = nn.LayerNorm(config.hidden_size, EPS)
