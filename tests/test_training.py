@@ -94,6 +94,16 @@ def test_a_stop_when_a_validation_is_due_only_delays_it(tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "validation" in row] == [5, 8, 12]
 
 
+def test_how_often_is_validated_may_change(tmp_path: Path) -> None:
+    run(tmp_path, model(), stage(steps=8, evaluate_every=2))
+    state = tmp_path / "state.safetensors"
+    tensors, meta = load_state(state)
+    save_state(state, tensors, meta | {"finished": False})
+    run(tmp_path, model(), stage(steps=16, evaluate_every=3))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4, 6, 8, 9, 12, 15, 16]
+
+
 def test_a_killed_run_forgets_numbers_past_its_state(tmp_path: Path) -> None:
     run(tmp_path, model(), stage(steps=4))
     with (tmp_path / "metrics.jsonl").open("a", encoding="utf-8") as file:

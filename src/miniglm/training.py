@@ -235,7 +235,7 @@ def train(
     device = model.device
     optimizers = optimizers_of(stage, model, engine.orthogonalize)
     torch.manual_seed(stage.seed)
-    step, elapsed, tokens, evaluations, since_best = 0, 0.0, 0, 0, 0
+    step, elapsed, tokens, evaluations, validated, since_best = 0, 0.0, 0, 0, 0, 0
     best: dict[str, float] = {}
     scores: dict[str, float] = {}
     finished = False
@@ -260,7 +260,7 @@ def train(
     last = engine.load(state_path, warn)
     if last is not None:
         restore(*last)
-        meta = last[1]
+        meta = {"validated": last[1]["step"]} | last[1]  # states of earlier versions do not say
         step, elapsed, tokens = meta["step"], meta["elapsed"], meta["tokens"]
         evaluations, since_best, best, finished = (
             meta["evaluations"],
@@ -269,6 +269,7 @@ def train(
             meta["finished"],
         )
         scores = meta["scores"]
+        validated = meta["validated"]
         guard = Guard(meta.get("guard"))
     on_first(lambda: _drop_later_metrics(metrics_path, step))
 
@@ -282,6 +283,7 @@ def train(
             "elapsed": elapsed,
             "tokens": tokens,
             "evaluations": evaluations,
+            "validated": validated,
             "since_best": since_best,
             "best": best,
             "scores": scores,
@@ -310,9 +312,11 @@ def train(
     def fraction() -> float:
         return step / stage.steps if stage.steps is not None else elapsed / (60.0 * (stage.minutes or 1.0))
 
-    def evaluations_due() -> int:
-        """How many validations should have been by now."""
-        return step // stage.evaluate_every if stage.evaluate_every else int(fraction() * EVALUATIONS + 1e-9)
+    def is_due() -> bool:
+        """Whether a validation is; a step late where a stop came between."""
+        if stage.evaluate_every:
+            return step // stage.evaluate_every > validated // stage.evaluate_every
+        return int(fraction() * EVALUATIONS + 1e-9) > evaluations
 
     micro_rows = min(stage.micro_rows or stage.rows, engine.rows(stage.rows))
     early, last_save, save_after = False, time.monotonic(), SAVE_EVERY_SECONDS
@@ -376,13 +380,13 @@ def train(
             if returned:
                 go_back(f"连续 {guard.skipped} 步不能用（{fault}）", row)
             over = fraction() >= 1.0
-            due = evaluations_due() > evaluations  # one step late if a stop came between
+            due = is_due()
             saving = over or due or bool(stopping) or returned or stale
             if saving and not engine.finite():
                 go_back(f"第 {step} 步以后权重里有 NaN 或无穷大", row)
             if over or (due and not stopping):
                 begun = time.monotonic()
-                evaluations = max(evaluations, evaluations_due())
+                evaluations, validated = max(evaluations + 1, int(fraction() * EVALUATIONS + 1e-9)), step
                 model.eval()
                 with (
                     torch.inference_mode(),
