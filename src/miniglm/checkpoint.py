@@ -18,7 +18,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from miniglm import __version__
@@ -255,6 +255,13 @@ def read_config(folder: Path) -> ModelConfig:
         raise MiniGLMError(f"不是能用的 GLM 配置：{error}", path=folder / "config.json") from None
 
 
+def give_memory(model: nn.Module, device: str) -> None:
+    """Brings a model from the meta device to another, its weights still to be read. As `nn.Module.to_empty`, which
+    imports sympy on the way."""
+    empty = {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in model.state_dict().items()}
+    model.load_state_dict(empty, assign=True)
+
+
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[GLM, Tokenizer]:
     """A model folder's model, ready to run, and its tokenizer.
 
@@ -304,9 +311,7 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
     for name, digest in json.loads(read_header(files[0])[1].get("files", "{}")).items():
         if name in DESCRIBING and file_digest(folder / name, text=True) != digest:
             raise MiniGLMError("内容与保存模型时的校验和不符", path=folder / name, fix=INCOMPLETE)
-    # As `to_empty`, which imports sympy on the way.
-    empty = {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in model.state_dict().items()}
-    model.load_state_dict(empty, assign=True)
+    give_memory(model, device)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     parameters = dict(model.state_dict())

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniglm.checkpoint import read_safetensors, save_weights, weight_files
+from miniglm.checkpoint import give_memory, read_safetensors, save_weights, weight_files
 from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
 from miniglm.model import GLM, ModelConfig
@@ -142,7 +142,7 @@ def load_gpt2(folder: Path, device: str, dtype: torch.dtype) -> tuple[GPT2, Toke
                     ours[f"model.layers.{layer}.self_attn.{name}_proj.{part}"] = tensor
         with torch.device("meta"):
             model = GPT2(config).to(dtype)
-        model = model.to_empty(device=device)
+        give_memory(model, device)
         model.lm_head.weight = model.model.embed_tokens.weight
         model.load_state_dict(ours | {"lm_head.weight": ours["model.embed_tokens.weight"]})
     except (KeyError, ValueError, RuntimeError) as error:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -120,10 +120,14 @@ def has_index(folder: Path) -> bool:
     return (folder / "index.json").is_file()
 
 
+def _format(folder: Path) -> Any:
+    return json.loads((folder / "index.json").read_text("utf-8"))["format"]
+
+
 def is_current(folder: Path) -> bool:
     """Whether the index in the folder is one that this version reads."""
     try:
-        return bool(json.loads((folder / "index.json").read_text("utf-8"))["format"] == FORMAT)
+        return bool(_format(folder) == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -147,8 +151,7 @@ class Answerer:
         if not has_index(folder):
             raise MiniGLMError("这里没有检索的索引", path=folder, fix="先运行 miniglm index")
         try:
-            form = json.loads((folder / "index.json").read_text("utf-8"))["format"]
-            if form != FORMAT:
+            if (form := _format(folder)) != FORMAT:
                 raise ValueError(f"格式是 {form}，这个版本只认 {FORMAT}")
             self.judge = Judge.from_json(json.loads((folder / "judge.json").read_text("utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
