@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 from miniglm.files import write_whole
 from miniglm.lookup.fault import damaged
 from miniglm.lookup.sums import unit_sums
-from miniglm.lookup.text import Grams, Plain, grams, neighbours, plain, ranges
+from miniglm.lookup.text import Grams, Plain, grams, neighbours, places_in, plain, ranges
 
 Bag = NDArray[np.int64]
 """Numbers of a text's n-grams, with repetitions."""
@@ -46,8 +46,6 @@ class Vocabulary:
 
     def numbers(self, found: Grams) -> Bag:
         """The number of each n-gram, 0 for unknown ones."""
-        if not len(self.names):
-            return np.zeros(len(found), dtype=np.int64)
         if len(found) > SORTED:  # a binary search after another goes the same way, which processors like
             keys = np.sort(found.astype(np.uint64) << 32 | np.arange(len(found), dtype=np.uint64))
             numbers = np.empty(len(found), dtype=np.int64)
@@ -56,8 +54,8 @@ class Vocabulary:
         return self._numbers(found)
 
     def _numbers(self, found: Grams) -> Bag:
-        places = np.minimum(np.searchsorted(self.names, found), len(self.names) - 1)
-        return np.where(self.names[places] == found, places + 1, UNKNOWN)
+        known, places = places_in(self.names, found)
+        return np.where(known, places + 1, UNKNOWN)
 
     def bag(self, text: Plain) -> Bag:
         """The text's known n-grams; one unknown where there is none."""

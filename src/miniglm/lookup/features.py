@@ -28,6 +28,7 @@ from miniglm.lookup.text import (
     has_numeral,
     kinds,
     pairs,
+    places_in,
     plain,
     triples,
 )
@@ -91,7 +92,7 @@ class Query:
     def share(self, texts: Sequence[Grams]) -> Floats:
         """(texts,) share of each text's n-grams that the question has."""
         sizes = [len(text) for text in texts]
-        known, _ = _places(self.distinct, np.concatenate(texts))
+        known, _ = places_in(self.distinct, np.concatenate(texts))
         held = np.bincount(np.repeat(np.arange(len(texts)), sizes), weights=known, minlength=len(texts))
         return (held / np.maximum(sizes, 1)).astype(np.float32)
 
@@ -142,17 +143,9 @@ def _starts(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
 def holds(wanted: NDArray[Any], texts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
     """(texts, wanted) whether each text has each of the wanted numbers, which rise."""
     table = np.zeros((len(texts), len(wanted)), dtype=bool)
-    known, places = _places(wanted, np.concatenate(texts))
+    known, places = places_in(wanted, np.concatenate(texts))
     table[np.repeat(np.arange(len(texts)), [len(text) for text in texts])[known], places[known]] = True
     return table
-
-
-def _places(wanted: NDArray[Any], found: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which of the numbers found are wanted, and where each of these stands among the wanted ones, which rise."""
-    if not len(wanted):
-        return np.zeros(len(found), dtype=bool), np.zeros(len(found), dtype=np.int64)
-    places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
-    return wanted[places] == found, places
 
 
 def _relative(scores: Floats) -> Floats:

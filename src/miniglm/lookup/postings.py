@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from miniglm.lookup.text import Grams, Plain, flat_grams, neighbours, ranges
+from miniglm.lookup.text import Grams, Plain, flat_grams, neighbours, places_in, ranges
 
 K1, B = 1.5, 0.75
 LONGEST = 65_536
@@ -138,10 +138,10 @@ class Postings:
 
     def find(self, grams: Grams) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of each n-gram its place, and how many texts hold it."""
-        if not len(self.names):
-            return np.zeros(len(grams), dtype=np.int64), np.zeros(len(grams), dtype=np.int64)
-        places = np.minimum(np.searchsorted(self.names, grams), len(self.names) - 1)
-        return places, np.where(self.names[places] == grams, self.counts[places], 0)
+        known, places = places_in(self.names, grams)
+        held = np.zeros(len(grams), dtype=np.int64)
+        held[known] = self.counts[places[known]]
+        return places, held
 
     def read(self, place: int) -> NDArray[np.uint32]:
         """The list of the n-gram at a place, empty for one that is too frequent."""
@@ -205,8 +205,7 @@ class Bm25:
         texts = self._texts(numbers)
         sizes = np.array([len(text) for text in texts])
         every, owners = flat_grams(texts)
-        places = np.minimum(np.searchsorted(query.names, every), len(query.names) - 1)
-        known = query.names[places] == every
+        known, places = places_in(query.names, every)
         table = np.bincount(
             owners[known] * len(query.names) + places[known], minlength=len(texts) * len(query.names)
         ).reshape(len(texts), -1)

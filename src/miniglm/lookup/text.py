@@ -169,6 +169,14 @@ def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()), dtype=np.int64)
 
 
+def places_in(names: NDArray[np.integer], found: NDArray[np.integer]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which of the numbers found are among `names`, which rise, and where each of these stands there."""
+    if not len(names):
+        return np.zeros(len(found), dtype=bool), np.zeros(len(found), dtype=np.int64)
+    places = np.minimum(np.searchsorted(names, found), len(names) - 1)
+    return np.asarray(names[places] == found), places
+
+
 Numbers = TypeVar("Numbers", bound=np.generic)
 
 
