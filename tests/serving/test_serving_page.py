@@ -32,11 +32,12 @@ from miniglm.corpus import Paragraph
 from miniglm.lookup import Answerer, with_sources
 from miniglm.lookup.build import build_index
 from miniglm.qa.formats import read_examples
+from miniglm.serving.about import Facts, SplitScore, facts_of
 from miniglm.serving.app import create_app
 from miniglm.serving.backend import RemoteService
 from miniglm.serving.book import BookService
 from miniglm.serving.guards import State
-from miniglm.serving.page import Facts, SplitScore, create_page, facts_of, mount_page, opened, unveiled, veiled
+from miniglm.serving.page import create_page, mount_page, opened, unveiled, veiled
 from miniglm.serving.page_text import MESSAGES, TEXTS
 from miniglm.serving.service import LocalService, Options, Piece, Service, ServiceError
 from miniglm.serving.settings import Limits

@@ -76,7 +76,8 @@ def create_app(
         raise ApiError(404, "没有这个地址" if local else "这里只有页面；模型在 --backend 给的服务那里")
 
     if page:
-        from miniglm.serving.page import facts_of, mount_page
+        from miniglm.serving.about import facts_of
+        from miniglm.serving.page import mount_page
 
         feedback = None if run is None else run / "feedback.jsonl"
         mount_page(app, service, facts_of(run, name=service.model_id), feedback=feedback, limits=limits, book=book)
