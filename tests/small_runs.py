@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from miniglm.dataset import Batches, PairRows, Pairs, TextRows
 from miniglm.distributed import launch
-from miniglm.distributed.engine import whole_weights
+from miniglm.distributed.choice import whole_weights
 from miniglm.distributed.team import share, total
 from miniglm.model import GLM, ModelConfig
 from miniglm.training import Interrupted, Progress, Stage, TrainResult, train

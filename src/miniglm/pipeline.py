@@ -33,7 +33,7 @@ from miniglm.dataset import (
     write_tokens,
 )
 from miniglm.distributed import launch
-from miniglm.distributed.engine import sharded_if, whole_weights
+from miniglm.distributed.choice import sharded_if, whole_weights
 from miniglm.distributed.team import on_first, share, tell, total
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.evaluate import FORMAT as REPORT_FORMAT

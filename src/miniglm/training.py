@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 
 from miniglm.checkpoint import optimizer_tensors, restore_optimizers, restore_rng, rng_tensors
 from miniglm.dataset import Batches
-from miniglm.distributed.engine import OneProcess, engine_for
+from miniglm.distributed.choice import engine_for
+from miniglm.distributed.engine import OneProcess
 from miniglm.distributed.team import on_first
 from miniglm.errors import MiniGLMError
 from miniglm.files import append_line, write_whole

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from miniglm.checkpoint import has_weights, load_model, read_config, save_model, weight_files
 from miniglm.dataset import Batches, PairRows, TextRows, read_pairs
-from miniglm.distributed.engine import sharded_if
+from miniglm.distributed.choice import sharded_if
 from miniglm.distributed.team import on_first, tell
 from miniglm.errors import MiniGLMError
 from miniglm.files import read_json, write_json
