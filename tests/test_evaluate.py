@@ -79,6 +79,12 @@ def test_a_short_run_asks_fewer_questions() -> None:
     assert [pipeline.question_limit(m) for m in (0, 1, 5, 9.5, 10, 60)] == [200, 200, 300, 570, None, None]
 
 
+def test_what_comes_after_training_is_kept_no_more_time_than_it_takes() -> None:
+    """An hour's run left 13 of its minutes unused: its index and its scoring took two and a half."""
+    assert [pipeline.seconds_kept(m, index=True) for m in (2, 10, 60, 600)] == [28 + 12 + 20, 72 + 60 + 30, 480, 480]
+    assert [pipeline.seconds_kept(m, index=False) for m in (2, 10, 60)] == [28, 72, 240]
+
+
 def test_a_second_report_keeps_the_first(run: Path) -> None:
     assert miniglm("evaluate", run, "--limit", "3").returncode == 0
     first = (run / "report" / "report.json").read_bytes()

@@ -609,12 +609,8 @@ def paragraphs_of(run: Run) -> list[Paragraph]:
     return sorted(found, key=lambda p: (order[p.book], p.number))
 
 
-def index(run: Run, seconds: float | None = None) -> None:
-    """Lays down what answers are looked up in: RUN/index, from the corpus and the training questions. Needs no model.
-
-    Args:
-        seconds: for training the encoder; default: `ENCODER_SHARE` of the recipe's minutes.
-    """
+def index(run: Run) -> None:
+    """Lays down what answers are looked up in: RUN/index, from the corpus and the training questions. Needs no model."""
     prepare(run)
     if is_current(run.path / "index"):
         run.skip("index")
@@ -626,8 +622,6 @@ def index(run: Run, seconds: float | None = None) -> None:
 
     begun = time.monotonic()
     texts = run.path / "texts" if run.recipe.corpus.look_up_texts else None
-    if seconds is None:
-        seconds = 60 * ENCODER_SHARE * (run.recipe.run.minutes or 10)
     outside = [e.question for e in examples(run, "outside") if e.extra.get("part") != "test"]
     with count_bar("查找的编码器", 100) as bar:
         made = build_index(
@@ -635,7 +629,7 @@ def index(run: Run, seconds: float | None = None) -> None:
             examples(run, "train"),
             outside,
             run.path / "index",
-            seconds=min(max(seconds, LEAST_ENCODER), MOST_ENCODER),
+            seconds=encoder_seconds(run.recipe.run.minutes or 10),
             seed=run.recipe.run.seed,
             texts=text_parts(texts) if texts else (),
             sample=text_sample(texts, MOST_TEXT // 2) if texts else (),
@@ -802,12 +796,13 @@ def peak_memory() -> int | None:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-SCORE_SHARE, LEAST_SCORE = 0.12, 28.0
-"""Share of the minutes kept for scoring, loading and drawing, and the least of that in seconds."""
+SCORE_SHARE, LEAST_SCORE, MOST_SCORE = 0.12, 28.0, 240.0
+"""Share of the minutes kept for scoring, loading and drawing, and the bounds of that in seconds: a model of an hour
+answers all questions in 100 s on two cores."""
 ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 180.0
 """Share of the minutes in which the look-up's encoder learns, and the bounds of that in seconds."""
-INDEX_SHARE, LEAST_INDEX = 0.05, 20.0
-"""Share of the minutes kept for the rest of the index, its vectors and learning to choose, and the least in seconds."""
+INDEX_SHARE, LEAST_INDEX, MOST_INDEX = 0.05, 20.0, 60.0
+"""Share of the minutes kept for the rest of the index, its vectors and learning to choose, and the bounds of that."""
 ALL_QUESTIONS = 10.0
 """Minutes from which on scoring asks all questions."""
 LEAST_QUESTIONS = 200
@@ -821,15 +816,29 @@ def question_limit(minutes: float) -> int | None:
     return None if minutes >= ALL_QUESTIONS else max(LEAST_QUESTIONS, round(60 * minutes))
 
 
+def encoder_seconds(minutes: float) -> float:
+    """How long the look-up's encoder may learn in a run of so many minutes."""
+    return min(max(60 * minutes * ENCODER_SHARE, LEAST_ENCODER), MOST_ENCODER)
+
+
+def seconds_kept(minutes: float, *, index: bool) -> float:
+    """What of a run's minutes is kept from training, for what comes after it.
+
+    Args:
+        index: there is one to be built.
+    """
+    total = 60 * minutes
+    kept = min(max(SCORE_SHARE * total, LEAST_SCORE), MOST_SCORE)
+    return kept + encoder_seconds(minutes) + min(max(INDEX_SHARE * total, LEAST_INDEX), MOST_INDEX) if index else kept
+
+
 def demo(run: Run, begun: float) -> None:
     """Everything up to a scored model within the recipe's minutes, counted from `begun` (time.monotonic)."""
     tokenize(run)
     seconds = None
     if run.recipe.run.minutes is not None:
         total = 60 * run.recipe.run.minutes
-        kept = max(SCORE_SHARE * total, LEAST_SCORE)
-        if not is_current(run.path / "index"):
-            kept += ENCODER_SHARE * total + max(INDEX_SHARE * total, LEAST_INDEX)
+        kept = seconds_kept(run.recipe.run.minutes, index=not is_current(run.path / "index"))
         seconds = max(0.25 * total, total - kept - (time.monotonic() - begun))
     finetune(run, seconds)
     index(run)
