@@ -54,6 +54,19 @@ def test_the_last_question_is_never_dropped(parts: tuple[GLM, Tokenizer], before
     assert fit_prompt(tokenizer, [*system, *older, last], 60, 20) == tokenizer.encode_chat([*system, last])
 
 
+def test_a_single_question_is_encoded_once(parts: tuple[GLM, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, encoded = parts[1], []
+    encode = tokenizer.encode
+
+    def counting(text: str) -> list[int]:
+        encoded.append(text)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", counting)
+    fit_prompt(tokenizer, [{"role": "user", "content": "浪花？"}], 60, 20)
+    assert sum("浪花" in text for text in encoded) == 1
+
+
 def test_a_conversation_is_answered_like_the_same_example(parts: tuple[GLM, Tokenizer]) -> None:
     model, tokenizer = parts
     example = Example((Turn("长江在哪", "东"), Turn("英雄呢?", "")), system="你是老人")

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,22 @@ def test_a_model_folder_comes_back_and_transformers_opens_it(tmp_path: Path, tok
         == ids
     )
     assert sorted(theirs.generation_config.eos_token_id) == sorted(tokenizer.stop_ids)
+
+
+def test_a_header_is_looked_at_once_and_once_more_with_the_weights(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(tmp_path, made_model(tokenizer), tokenizer, max_shard=20_000)
+    read_header, read = checkpoint.read_header, Counter[str]()
+
+    def counting(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
+        read[path.name] += 1
+        return read_header(path)
+
+    monkeypatch.setattr(checkpoint, "read_header", counting)
+    load_model(tmp_path)
+    assert set(read) == {path.name for path in tmp_path.glob("*.safetensors")} and len(read) > 1
+    assert set(read.values()) == {2}
 
 
 def test_every_missing_or_cut_file_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:

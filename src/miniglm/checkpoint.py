@@ -287,7 +287,8 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
             path=folder,
             fix="两者不是一套",
         )
-    found = {name: file for file in files for name in read_header(file)[0]}
+    headers = {file: read_header(file) for file in files}
+    found = {name: file for file, (shapes, _) in headers.items() for name in shapes}
     if config.num_hidden_layers > len(found):  # before millions of layers are built only to be compared
         what = f"缺少张量：config.json 有 {config.num_hidden_layers} 层，这里只有 {len(found)} 个张量"
         raise MiniGLMError(what, path=files[0], fix=mismatch)
@@ -302,13 +303,12 @@ def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.flo
             raise MiniGLMError(f"缺少张量 {name}，应为 {tuple(expected.shape)}", path=files[0], fix=mismatch)
     if extra := sorted(set(found) - set(parameters)):
         raise MiniGLMError(f"多出张量 {extra[0]} 等 {len(extra)} 个", path=found[extra[0]], fix=mismatch)
-    for file in files:
-        shapes = read_header(file)[0]
+    for file, (shapes, _) in headers.items():
         for name in shapes.keys() & parameters.keys():
             if shapes[name] != list(parameters[name].shape):
                 is_not = f"是 {tuple(shapes[name])}，应为 {tuple(parameters[name].shape)}"
                 raise MiniGLMError(f"张量 {name} {is_not}", path=file, fix=mismatch)
-    for name, digest in json.loads(read_header(files[0])[1].get("files", "{}")).items():
+    for name, digest in json.loads(headers[files[0]][1].get("files", "{}")).items():
         if name in DESCRIBING and file_digest(folder / name, text=True) != digest:
             raise MiniGLMError("内容与保存模型时的校验和不符", path=folder / name, fix=INCOMPLETE)
     give_memory(model, device)
