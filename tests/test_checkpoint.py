@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniglm import checkpoint
+from miniglm import checkpoint, weights
 from miniglm.checkpoint import RunFolder, load_model, load_state, save_model, save_state
 from miniglm.errors import MiniGLMError
 from miniglm.files import keep_dated, write_whole
@@ -58,13 +58,14 @@ def test_a_header_is_looked_at_once_and_once_more_with_the_weights(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_model(tmp_path, made_model(tokenizer), tokenizer, max_shard=20_000)
-    read_header, read = checkpoint.read_header, Counter[str]()
+    read_header, read = weights.read_header, Counter[str]()
 
     def counting(path: Path) -> tuple[dict[str, list[int]], dict[str, str]]:
         read[path.name] += 1
         return read_header(path)
 
-    monkeypatch.setattr(checkpoint, "read_header", counting)
+    for module in (checkpoint, weights):
+        monkeypatch.setattr(module, "read_header", counting)
     load_model(tmp_path)
     assert set(read) == {path.name for path in tmp_path.glob("*.safetensors")} and len(read) > 1
     assert set(read.values()) == {2}
@@ -109,15 +110,15 @@ def test_a_hostile_header_is_refused_before_anything_is_read(tmp_path: Path) -> 
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
     with pytest.raises(MiniGLMError, match="safetensors"):
-        checkpoint.read_safetensors(path)
+        weights.read_safetensors(path)
     header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(MiniGLMError, match="应有"):
-        checkpoint.read_safetensors(path)
+        weights.read_safetensors(path)
     for text in (b"[" * 100_000, b"[1]", b'{"a": 1}', b'{"a": {"data_offsets": [0, Infinity]}}', b"\xff\xff"):
         path.write_bytes(struct.pack("<Q", len(text)) + text)
         with pytest.raises(MiniGLMError, match="不是有效的 safetensors"):
-            checkpoint.read_safetensors(path)
+            weights.read_safetensors(path)
 
 
 def test_state_comes_back_with_its_meta_and_its_format(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from running import ROOT, demo, fails, miniglm
 from test_training import losses, model, run, stage
 
 from miniglm import checkpoint
-from miniglm.checkpoint import load_last_state, load_model, load_state, previous_state, read_safetensors, save_state
+from miniglm.checkpoint import load_last_state, load_model, load_state, previous_state, save_state
 from miniglm.errors import MiniGLMError
 from miniglm.files import (
     TEMPORARY,
@@ -36,6 +36,7 @@ from miniglm.files import (
     write_json,
     write_whole,
 )
+from miniglm.weights import read_safetensors
 
 KEPT = ROOT / "tests" / "data"
 

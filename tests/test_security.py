@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from miniglm.checkpoint import load_model, read_safetensors
+from miniglm.checkpoint import load_model
 from miniglm.errors import MiniGLMError
+from miniglm.weights import read_safetensors
 
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pty", "commands"}

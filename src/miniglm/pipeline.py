@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from miniglm.checkpoint import RunFolder, has_weights, load_model, save_model
+from miniglm.checkpoint import RunFolder, load_model, save_model
 from miniglm.corpus import Paragraph, large, load_books, read_paragraphs, split, write_corpus
 from miniglm.dataset import (
     Batch,
@@ -56,6 +56,7 @@ from miniglm.recipe import Recipe, load_recipe
 from miniglm.tokenizer import MAX_TRAINING_CHARACTERS, Tokenizer, resolve_tokenizer, train_tokenizer
 from miniglm.training import EVALUATIONS, Interrupted, Stage, TrainResult, train
 from miniglm.ui import count_bar, download_bar, duration, say, stage_curves, training_bar
+from miniglm.weights import has_weights
 
 FROZEN = (
     ("corpus/summary.json", ("corpus.", "qa.")),

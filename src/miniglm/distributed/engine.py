@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from miniglm.checkpoint import all_finite, load_last_state, save_state
+from miniglm.checkpoint import load_last_state, save_state
 from miniglm.distributed import launch
 from miniglm.distributed.team import connected, on_first, tell
 from miniglm.optimizer import at_once
+from miniglm.weights import all_finite
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors by name, and what JSON can hold."""

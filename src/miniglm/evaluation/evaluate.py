@@ -20,7 +20,6 @@ from typing import Any
 
 from miniglm import __version__
 from miniglm.chat import encode_reference, prompt_of
-from miniglm.checkpoint import weight_files
 from miniglm.corpus.reading import read_lines
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.baseline import NearestQuestion
@@ -48,6 +47,7 @@ from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
 from miniglm.qa.spread import spread
 from miniglm.tokenizer import Tokenizer
+from miniglm.weights import weight_files
 
 FORMAT = 1
 """Number of report.json's layout."""

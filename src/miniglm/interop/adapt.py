@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniglm.checkpoint import has_weights, load_model, read_config, save_model, weight_files
+from miniglm.checkpoint import load_model, read_config, save_model
 from miniglm.dataset import Batches, PairRows, TextRows, read_pairs
 from miniglm.distributed.choice import sharded_if
 from miniglm.distributed.team import on_first, tell
@@ -28,6 +28,7 @@ from miniglm.pipeline import Run, answer_bits, read_plan, text_bits, token_meta,
 from miniglm.planning import Plan, lengths
 from miniglm.training import Stage
 from miniglm.ui import say
+from miniglm.weights import has_weights, weight_files
 
 RECORD = "init.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

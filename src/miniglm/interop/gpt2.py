@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miniglm.checkpoint import give_memory, read_safetensors, save_weights, weight_files
 from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
 from miniglm.model import GLM, ModelConfig
 from miniglm.tokenizer import Tokenizer, load_gpt2_tokenizer
+from miniglm.weights import give_memory, read_safetensors, save_weights, weight_files
 
 EPS = 1e-5
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
