@@ -839,7 +839,8 @@ def demo(run: Run, begun: float) -> None:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """A report for the terminal: how good, on what, compared with what, then a few questions with their answers."""
+    """A report for the terminal: how good, on what, compared with what, then a few questions with their answers: from
+    the book with where it says so, where there is an index, and the model's own."""
 
     def shown(found: dict[str, Any], percent: bool) -> str:
         mean, low, high = (found[key] * (100 if percent else 1) for key in ("mean", "low", "high"))
@@ -870,6 +871,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         lines.append("括号里是 95% 置信区间（自助法）。")
     rows = report["splits"][0]["rows"] if report["splits"] else []
     for row in spread(rows, SHOWN):
-        lines += ["", f"问：{row['question']}", f"答：{row['answers'][0]}"]
+        lines += ["", f"问：{row['question']}"]
+        if found := row.get("with_book"):  # as `ask` and the page answer
+            lines += [f"查书的回答：{found.get('shown', found['answer'])}", f"模型自己的回答：{row['answers'][0]}"]
+        else:
+            lines.append(f"答：{row['answers'][0]}")
         lines += [f"（参考：{row['reference']}）"] if row["reference"] else []
     return lines
