@@ -41,6 +41,7 @@ def endless(paragraphs: list[str], megabytes: float) -> Iterator[str]:
 
 def measure(book: str, megabytes: float, vocabulary: int) -> dict[str, float]:
     """Seconds and memory of one size, in this process."""
+    from miniglm.bulk_encoding import BulkEncoder
     from miniglm.dataset import write_tokens
     from miniglm.pipeline import encode_lines
     from miniglm.tokenizer import train_tokenizer
@@ -52,7 +53,7 @@ def measure(book: str, megabytes: float, vocabulary: int) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun, worked = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        ids = encode_lines(tokenizer, endless(paragraphs, megabytes))
+        ids = encode_lines(BulkEncoder(tokenizer), endless(paragraphs, megabytes))
         write_tokens(Path(folder) / "tokens.npy", ids)
     seconds, busy = time.perf_counter() - begun, time.process_time() - worked
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

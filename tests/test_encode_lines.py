@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from miniglm import pipeline
+from miniglm.bulk_encoding import BulkEncoder
 from miniglm.tokenizer import train_tokenizer
 
 LINES = ["却说曹操引兵追赶。", "玄德曰：“公何人也？”", "a b  c, 12 34!", "…", "“——”"] * 40
@@ -15,7 +16,7 @@ LINES = ["却说曹操引兵追赶。", "玄德曰：“公何人也？”", "a 
 def test_pieces_are_the_whole(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     tokenizer = train_tokenizer(LINES, vocab_size=None, corpus_characters=sum(map(len, LINES)))
     monkeypatch.setattr(pipeline, "ENCODED_AT_ONCE", at_once)
-    found = pipeline.encode_lines(tokenizer, iter(LINES))
+    found = pipeline.encode_lines(BulkEncoder(tokenizer), iter(LINES))
     assert found.dtype == np.uint16
     assert found.tolist() == tokenizer.encode("\n".join(LINES))
-    assert pipeline.encode_lines(tokenizer, []).tolist() == []
+    assert pipeline.encode_lines(BulkEncoder(tokenizer), []).tolist() == []

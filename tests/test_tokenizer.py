@@ -214,7 +214,7 @@ def test_long_texts_are_encoded_in_pieces_with_the_ids_of_the_whole(monkeypatch:
 )
 def test_cutting_where_it_is_safe_changes_no_id(parts: list[tuple[str, str, str]]) -> None:
     text = "".join(map("".join, parts))  # has a safe cut in any 8 characters
-    pieces = list(module._pieces(text, 8))
+    pieces = list(module.safe_pieces(text, 8))
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= 16 for piece in pieces)
     for tokenizer in (TOKENIZER, GPT2_LIKE):
@@ -224,7 +224,7 @@ def test_cutting_where_it_is_safe_changes_no_id(parts: list[tuple[str, str, str]
 @relaxed
 @given(any_text, st.integers(1, 10))
 def test_pieces_are_the_text(text: str, size: int) -> None:
-    pieces = list(module._pieces(text, size))
+    pieces = list(module.safe_pieces(text, size))
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= 2 * size for piece in pieces)
 

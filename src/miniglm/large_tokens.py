@@ -7,7 +7,6 @@ and whatever was interrupted; what is there and fits is not made again.
 from __future__ import annotations
 
 import os
-from array import array
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -16,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from miniglm.bulk_encoding import BulkEncoder
 from miniglm.corpus.large import read_shard, read_shards
 from miniglm.dataset import TokenShards, read_tokens, write_tokens
 from miniglm.errors import MiniGLMError
 from miniglm.files import file_digest, read_json, write_json
-from miniglm.tokenizer import ENCODING_BATCH, Tokenizer
+from miniglm.tokenizer import Tokenizer
 
-_tokenizer: Tokenizer | None = None
+_encoder: BulkEncoder | None = None
 _held_out: frozenset[str] = frozenset()
 
 
@@ -86,45 +86,34 @@ def _known(mark: Path) -> dict[str, Any] | None:
 
 
 def _begin(tokenizer: Path, held_out: frozenset[str], one_core: bool) -> None:
-    global _tokenizer, _held_out
+    global _encoder, _held_out
     if one_core:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer, _held_out = Tokenizer.load(tokenizer), held_out
+    _encoder, _held_out = BulkEncoder(Tokenizer.load(tokenizer)), held_out
 
 
 def _encode(source: Path, tokens: Path, number: int, made_from: dict[str, str]) -> dict[str, Any]:
     """One shard: each document behind a closing token, which ends what came before it."""
-    assert _tokenizer is not None
+    assert _encoder is not None
     if file_digest(source) != made_from["text"]:
         raise MiniGLMError(
             "文件损坏：内容与写好时的校验和不符", path=source, fix=f"删去 {source.parent} 再运行，会重新做出来"
         )
-    ids = array("H" if _tokenizer.vocab_size <= 2**16 else "I")
-    waiting: list[str] = []
-    characters = size = 0
-
-    def flush() -> None:
-        for encoded in _tokenizer.encode_batch(waiting):
-            ids.append(_tokenizer.end_of_text)
-            ids.extend(encoded)
-        waiting.clear()
-
+    closing = np.array([_encoder.tokenizer.end_of_text], _encoder.dtype).tobytes()
+    ids = bytearray()
+    characters = 0
     for document in read_shard(source):
         text = "\n".join(line for line in document.split("\n") if line not in _held_out)
-        if not text:
-            continue
-        waiting.append(text)
-        characters += len(text)
-        size += len(text)
-        if size >= ENCODING_BATCH:
-            flush()
-            size = 0
-    flush()
+        if text:
+            ids += closing
+            ids += _encoder.encode(text).tobytes()
+            characters += len(text)
     name = f"text-{number:05d}.npy"
-    write_tokens(tokens / name, np.frombuffer(ids, dtype=np.uint16 if ids.typecode == "H" else np.uint32))
+    found = np.frombuffer(ids, _encoder.dtype)
+    write_tokens(tokens / name, found)
     made = {
         "name": name,
-        "tokens": len(ids),
+        "tokens": len(found),
         "characters": characters,
         "sha256_of_file": file_digest(tokens / name),
         "made_from": made_from,

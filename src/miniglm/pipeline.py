@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from miniglm.bulk_encoding import BulkEncoder
 from miniglm.checkpoint import RunFolder, load_model, save_model
 from miniglm.corpus import Paragraph, large, load_books, read_paragraphs, split, write_corpus
 from miniglm.dataset import (
@@ -300,21 +300,21 @@ def _join(paragraphs: Sequence[Paragraph]) -> str:
     return "\n".join(p.text for p in paragraphs)
 
 
-def encode_lines(tokenizer: Tokenizer, lines: Iterable[str]) -> NDArray[Any]:
+def encode_lines(encoder: BulkEncoder, lines: Iterable[str]) -> NDArray[Any]:
     """Token ids of the lines with newlines between them, `ENCODED_AT_ONCE` characters at a time: beside the ids, two
     bytes each where they fit, only so much is in memory."""
-    ids = array("H" if tokenizer.vocab_size <= 2**16 else "I")
+    ids = bytearray()
     waiting: list[str] = []
     size = 0
     for line in lines:
         if size > ENCODED_AT_ONCE:
             # No token reaches across: the pre-tokenizer never joins a newline with the letters after it.
-            ids.extend(tokenizer.encode("\n".join([*waiting, ""])))
+            ids += encoder.encode("\n".join([*waiting, ""])).tobytes()
             waiting, size = [], 0
         waiting.append(line)
         size += len(line)
-    ids.extend(tokenizer.encode("\n".join(waiting)))
-    return np.frombuffer(ids, dtype=np.uint16 if ids.typecode == "H" else np.uint32)
+    ids += encoder.encode("\n".join(waiting)).tobytes()
+    return np.frombuffer(ids, encoder.dtype)
 
 
 def tokenize(run: Run, processes: int | None = None) -> None:
@@ -344,11 +344,12 @@ def tokenize(run: Run, processes: int | None = None) -> None:
     tokenizer.save(run.path / "tokenizer")
     tokens.mkdir(exist_ok=True)
     meta: dict[str, Any] = {"vocab_size": tokenizer.vocab_size}
+    encoder = BulkEncoder(tokenizer)
     for name, paragraphs in text.items():
         parts: list[NDArray[Any]] = []
         books = list(dict.fromkeys(p.book for p in paragraphs))
         for book in books:  # a closing token between books, none between paragraphs: their order is the story
-            parts.append(encode_lines(tokenizer, (p.text for p in paragraphs if p.book == book)))
+            parts.append(encode_lines(encoder, (p.text for p in paragraphs if p.book == book)))
             parts += [np.array([tokenizer.end_of_text], parts[-1].dtype)] if book != books[-1] else []
         ids = parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.uint16)])
         write_tokens(tokens / f"{name}.npy", ids)
@@ -849,7 +850,8 @@ def demo(run: Run, begun: float) -> None:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """A report for the terminal: how good, on what, compared with what, then a few questions with their answers."""
+    """A report for the terminal: how good, on what, compared with what, then a few questions with their answers: from
+    the book with where it says so, where there is an index, and the model's own."""
 
     def shown(found: dict[str, Any], percent: bool) -> str:
         mean, low, high = (found[key] * (100 if percent else 1) for key in ("mean", "low", "high"))
@@ -880,6 +882,10 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         lines.append("括号里是 95% 置信区间（自助法）。")
     rows = report["splits"][0]["rows"] if report["splits"] else []
     for row in spread(rows, SHOWN):
-        lines += ["", f"问：{row['question']}", f"答：{row['answers'][0]}"]
+        lines += ["", f"问：{row['question']}"]
+        if found := row.get("with_book"):  # as `ask` and the page answer
+            lines += [f"查书的回答：{found.get('shown', found['answer'])}", f"模型自己的回答：{row['answers'][0]}"]
+        else:
+            lines.append(f"答：{row['answers'][0]}")
         lines += [f"（参考：{row['reference']}）"] if row["reference"] else []
     return lines

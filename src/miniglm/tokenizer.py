@@ -134,7 +134,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int | None, corpus_char
         )
     wanted = default_vocab_size(corpus_characters) if vocab_size is None else vocab_size
     # An unbroken run of letters is one word to the trainer, whose work grows with the square of a word's length.
-    pieces = (piece for text in texts for piece in _pieces(repair_surrogates(text), TRAINING_PIECE))
+    pieces = (piece for text in texts for piece in safe_pieces(repair_surrogates(text), TRAINING_PIECE))
     sample = islice(pieces, 0, None, max(1, ceil(corpus_characters / MAX_TRAINING_CHARACTERS)))
     trainer = trainers.BpeTrainer(
         vocab_size=wanted - len(CONTROL_TOKENS),
@@ -142,7 +142,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int | None, corpus_char
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    hf = _byte_level(models.BPE(), PATTERN)
+    hf = byte_level(models.BPE(), PATTERN)
     hf.train_from_iterator(sample, trainer)
     tokenizer = Tokenizer(hf)
     if vocab_size is not None and tokenizer.vocab_size < vocab_size:
@@ -218,7 +218,7 @@ def from_tiktoken(encoding: tiktoken.Encoding) -> Tokenizer:
     # `ignore_merges`: as in tiktoken, a word that is a token is that token, though no merges lead to it.
     model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True)
     # "{1,3}+" is possessive in Rust's syntax but "repeated" in Oniguruma's; nothing follows it, so greedy is the same.
-    return Tokenizer(_byte_level(model, re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", encoding._pat_str)))
+    return Tokenizer(byte_level(model, re.sub(r"(\{\d+(?:,\d*)?\})\+", r"\1", encoding._pat_str)))
 
 
 class Tokenizer:
@@ -396,7 +396,7 @@ class Tokenizer:
 
         for text in texts:
             results.append([])
-            for piece in _pieces(repair_surrogates(text), ENCODING_PIECE):
+            for piece in safe_pieces(repair_surrogates(text), ENCODING_PIECE):
                 pieces.append(piece)
                 owners.append(results[-1])
                 waiting += len(piece)
@@ -519,7 +519,7 @@ class StreamingDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
-def _pieces(text: str, size: int) -> Iterator[str]:
+def safe_pieces(text: str, size: int) -> Iterator[str]:
     """Cuts `text` into pieces of `size` to twice `size` characters, where that changes no token if at all possible."""
     start = 0
     while len(text) - start > size:
@@ -531,12 +531,18 @@ def _pieces(text: str, size: int) -> Iterator[str]:
         yield text[start:]
 
 
-def _byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
+def byte_alphabet() -> pre_tokenizers.PreTokenizer:
+    """Writes each byte as its stand-in and cuts nothing."""
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False)
+
+
+def byte_level(model: models.BPE, pattern: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE, words of which are what `pattern` finds."""
     hf = tokenizers.Tokenizer(model)
     hf.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False, use_regex=False),
+            byte_alphabet(),
         ]
     )
     hf.decoder = decoders.ByteLevel()

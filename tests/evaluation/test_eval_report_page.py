@@ -215,9 +215,8 @@ def test_a_row_opens_to_all_that_is_known(show: Open, report: dict[str, Any]) ->
     page.keyboard.press("Enter")
     assert button.get_attribute("aria-expanded") == "true"
     shown = page.locator("#rows .detail").inner_text()
-    assert all(
-        text in shown for text in (row["answers"][0], row["reference"], row["baseline"], row["baseline_question"])
-    )
+    told = (row["answers"][0], row["reference"], row["baseline"], row["baseline_question"], row["with_book"]["shown"])
+    assert all(text in shown for text in told)
     hits = page.locator("#rows .chip.good").count(), page.locator("#rows .chip.bad").count()
     assert hits == (sum(row["hits"]), len(row["hits"]) - sum(row["hits"]))
     page.keyboard.press("Enter")

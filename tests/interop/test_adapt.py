@@ -27,6 +27,7 @@ from miniglm.chat import answer_questions
 from miniglm.checkpoint import load_model, save_model
 from miniglm.errors import MiniGLMError
 from miniglm.generation import SamplingSettings
+from miniglm.interop import adapt
 from miniglm.interop.adapt import Start, finetune_from
 from miniglm.interop.hub import find_model_to_start_from
 from miniglm.interop.lora import adapters, add_adapters, load_adapters, merge_adapters, save_adapters
@@ -36,6 +37,7 @@ from miniglm.qa.formats import read_examples
 from miniglm.qa.questions import normalize_question
 from miniglm.recipe import load_recipe
 from miniglm.tokenizer import Tokenizer, train_tokenizer
+from miniglm.training import Interrupted
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -155,6 +157,23 @@ def test_finetuned_whole_it_learns_and_is_a_plain_folder_again(public: Path, rec
     finetune_from(run, start)  # done: nothing is trained again
     with pytest.raises(MiniGLMError, match="开始的"):
         finetune_from(run, replace(start, lora=True))
+
+
+def test_the_recipe_s_lengths_may_change_under_a_run(
+    public: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise Interrupted
+
+    def run(steps: int) -> Run:
+        return Run(tmp_path / "run", load_recipe(recipe, {"tokenizer.kind": str(public), "finetune.steps": steps}))
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(adapt, "train_stage", interrupted)
+        finetune_from(run(4), Start(str(public)))
+    finetune_from(run(7), Start(str(public)))
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text("utf-8"))
+    assert plan["finetune"]["steps"] == 7 == len(_losses(tmp_path / "run"))
 
 
 def check_result(run: Path, public: Path, recipe: Path) -> None:

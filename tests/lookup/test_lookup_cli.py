@@ -9,6 +9,8 @@ from pathlib import Path
 
 from running import fails, miniglm
 
+from miniglm.pipeline import report_lines
+
 QUESTION = "张角得到的天书叫什么名字？"
 
 
@@ -70,3 +72,15 @@ def test_evaluation_reports_both(finished: Path) -> None:
     assert validation["name"] == "validation" and 0 <= validation["with_book"]["key_accuracy"]["mean"] <= 1
     assert all(row["with_book"]["answer"] for row in validation["rows"])
     assert report["outside"] is None  # the shipped ones are about another book
+
+
+def test_the_demo_shows_answers_from_the_book_beside_the_model_s_own(finished: Path) -> None:
+    report = json.loads((finished / "report" / "report.json").read_text("utf-8"))
+    text = "\n".join(report_lines(report))
+    asked = [line.removeprefix("问：") for line in text.splitlines() if line.startswith("问：")]
+    assert len(asked) == text.count("\n模型自己的回答：") == 5 and "\n答：" not in text
+    said = miniglm("ask", finished, asked[0]).stdout.strip()
+    assert f"问：{asked[0]}\n查书的回答：{said}\n模型自己的回答：" in text
+    for row in report["splits"][0]["rows"]:  # as of a run without an index
+        row.pop("with_book")
+    assert "\n".join(report_lines(report)).count("\n答：") == 5

@@ -41,7 +41,7 @@ from miniglm.files import (
     write_whole,
 )
 from miniglm.generation import Engine, SamplingSettings
-from miniglm.lookup.answer import Answerer
+from miniglm.lookup.answer import Answerer, with_sources
 from miniglm.lookup.measure import answer_all, measure
 from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
@@ -207,7 +207,11 @@ def _with_book(subject: Subject, part: Part, rows: Sequence[dict[str, Any]], bar
         answers = answer_all(subject.answerer, [e.question for e in part.examples], progress)
     for row, answer in zip(rows, answers, strict=True):
         cited = answer.citations[: len(answer.statements)]
-        row["with_book"] = {"answer": answer.text, "sources": [f"{c.label}{c.quoted}" for c in cited]}
+        row["with_book"] = {
+            "answer": answer.text,
+            "sources": [f"{c.label}{c.quoted}" for c in cited],
+            "shown": with_sources(answer),
+        }
     return measure(part.examples, answers)
 
 

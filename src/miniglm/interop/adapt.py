@@ -146,9 +146,10 @@ def _begin(run: Run, start: Start, config: Any) -> Plan:
 
 
 def _plan(run: Run, start: Start, config: Any) -> Plan:
+    """The run's plan: read back, or made, also where the recipe's lengths have changed since."""
     path = run.path / "plan.json"
-    if path.exists():
-        return read_plan(path)
+    if path.exists() and (known := read_plan(path)).recipe_lengths == lengths(run.recipe):
+        return known
     given, minutes = run.recipe.finetune, run.recipe.run.minutes
     context = min(run.recipe.model.context or CONTEXT, config.max_position_embeddings)
     rows = given.rows or 8
