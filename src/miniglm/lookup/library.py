@@ -26,7 +26,17 @@ from miniglm.files import write_whole
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.fault import damaged
 from miniglm.lookup.postings import Bm25, Postings, Writer, best, mapped
-from miniglm.lookup.text import CONTEXT, Grams, Plain, Span, bytes_before, passages, plain_with_places, sentences
+from miniglm.lookup.text import (
+    CONTEXT,
+    Grams,
+    Plain,
+    Span,
+    bytes_before,
+    grams,
+    passages,
+    plain_with_places,
+    sentences,
+)
 from miniglm.lookup.vectors import Nearest, Vectors, write_vectors
 
 SHARD = 600_000
@@ -106,14 +116,15 @@ class Shard:
         """The characters of the passages of those numbers."""
         return [self._plain[start:end] for start, end in self._passages[numbers, 3:].tolist()]
 
-    def context(self, number: int) -> Plain:
-        """The characters of the passage with those before and after it in the chapter."""
-        first, last = max(0, number - CONTEXT), min(self.size - 1, number + CONTEXT)
-        around = self._passages[first : last + 1]
-        chapters = self._paragraphs[around[:, 0], 1:3]
-        same = around[(chapters == chapters[number - first]).all(axis=1)]
-        found: Plain = self._plain[int(same[0, 3]) : int(same[:, 4].max())]
-        return found
+    def context(self, number: int) -> tuple[Plain, int, int]:
+        """See `Library.context`."""
+        first = max(0, number - CONTEXT)
+        around = self._passages[first : number + CONTEXT + 1]
+        chapters = self._paragraphs[around[:, 0], 1:3].tolist()
+        own = chapters[number - first]
+        same = [row[3:] for row, chapter in zip(around.tolist(), chapters, strict=True) if chapter == own]
+        begin, (start, end) = same[0][0], around[number - first, 3:].tolist()
+        return self._plain[begin : max(last for _, last in same)], start - begin, end - begin
 
 
 def build_shard(paragraphs: Iterable[Paragraph], encoder: Encoder, folder: Path, fingerprint: str) -> None:
@@ -152,7 +163,8 @@ def build_shard(paragraphs: Iterable[Paragraph], encoder: Encoder, folder: Path,
             new = np.concatenate(places[-len(block) :])
             starts, ends = new[:, 3] - begun, new[:, 4] - begun
             postings.add(flat, starts, ends)
-            encoder.parts(flat, starts, ends).astype(np.float16).tofile(vector_file)
+            numbers = encoder.vocabulary.numbers(grams(flat))
+            encoder.parts(numbers, starts, ends).astype(np.float16).tofile(vector_file)
     postings.finish()
     write_vectors(mapped(unsorted, np.float16).reshape(-1, encoder.vectors.shape[1]), made / "vectors")
     unsorted.unlink()
@@ -221,8 +233,9 @@ class Library:
         parts = [numbers[low:high] - first for low, high, first in zip(edges, edges[1:], self._first, strict=False)]
         return [text for shard, own in zip(self.shards, parts, strict=True) for text in shard.plains(own)]
 
-    def context(self, number: int) -> Plain:
-        """The characters of the passage of that number with those before and after it in its chapter."""
+    def context(self, number: int) -> tuple[Plain, int, int]:
+        """The characters of the passage of that number with those before and after it in its chapter, and where among
+        them it begins and ends itself."""
         shard, own = self._place(number)
         return shard.context(own)
 

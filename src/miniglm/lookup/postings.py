@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from miniglm.lookup.text import Grams, Plain, flat_grams, neighbours, places_in, ranges
+from miniglm.lookup.text import Grams, Occurrences, Plain, neighbours, places_in, ranges
 
 K1, B = 1.5, 0.75
 LONGEST = 65_536
@@ -204,12 +204,8 @@ class Bm25:
             return np.zeros(len(numbers), dtype=np.float32)
         texts = self._texts(numbers)
         sizes = np.array([len(text) for text in texts])
-        every, owners = flat_grams(texts)
-        known, places = places_in(query.names, every)
-        table = np.bincount(
-            owners[known] * len(query.names) + places[known], minlength=len(texts) * len(query.names)
-        ).reshape(len(texts), -1)
-        times = np.minimum(table, _MOST).astype(np.float32)
+        found = Occurrences(query.names.astype(np.uint64), texts).times()
+        times = np.minimum(found, _MOST).astype(np.float32)
         lengths = sizes + np.maximum(sizes - 1, 0)
         scores: Floats = _saturated(times, lengths[:, None], self._mean) @ query.weights
         return scores

@@ -20,28 +20,25 @@ def half_products(vectors: NDArray[np.float16], query: Floats) -> Floats:
     return found
 
 
-def unit_sums(vectors: Floats, rows: NDArray[np.int64], starts: NDArray[np.int64], without: int = -1) -> Floats:
+def unit_sums(vectors: Floats, rows: NDArray[np.int64], starts: NDArray[np.int64]) -> Floats:
     """Sums of some of the vectors, scaled to length 1; all zero where nothing is summed.
 
     Args:
         vectors: (vectors, dimensions).
         rows: numbers of vectors, one sum's after another's; `starts`: where each sum's begin.
-        without: the number of a vector that does not count.
 
     Returns:
         (sums, dimensions)
     """
     torch = sys.modules.get("torch")
     if torch is not None:
-        skipped = {} if without < 0 else {"padding_idx": without}
         given = (torch.from_numpy(part) for part in (rows, vectors, starts))
-        summed = torch.nn.functional.embedding_bag(*given, mode="sum", **skipped).numpy()
+        summed = torch.nn.functional.embedding_bag(*given, mode="sum").numpy()
     else:
         ends = np.append(starts, len(rows))[1:]
         summed = np.zeros((len(starts), vectors.shape[1]), dtype=np.float32)
         for number, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            own = rows[start:end]
-            vectors[own[own != without]].sum(axis=0, out=summed[number])
+            vectors[rows[start:end]].sum(axis=0, out=summed[number])
     lengths = np.linalg.norm(summed, axis=-1, keepdims=True)
     found: Floats = summed / np.maximum(lengths, np.float32(1e-12))
     return found
