@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 from miniglm.files import write_whole
 from miniglm.lookup.fault import damaged
 from miniglm.lookup.sums import unit_sums
-from miniglm.lookup.text import Grams, Plain, grams, places_in, plain, ranges
+from miniglm.lookup.text import Grams, Plain, firsts, grams, places_in, plain, ranges
 
 Bag = NDArray[np.int64]
 """Numbers of a text's n-grams, with repetitions."""
@@ -46,10 +46,15 @@ class Vocabulary:
 
     def numbers(self, found: Grams) -> Bag:
         """The number of each n-gram, 0 for unknown ones."""
-        if len(found) > SORTED:  # a binary search after another goes the same way, which processors like
+        if len(found) > SORTED:
+            # Each once, and in order: a binary search after another goes the same way, which processors like.
             keys = np.sort(found.astype(np.uint64) << 32 | np.arange(len(found), dtype=np.uint64))
+            rising = (keys >> 32).astype(np.uint32)
+            first = firsts(rising)
             numbers = np.empty(len(found), dtype=np.int64)
-            numbers[(keys & 0xFFFFFFFF).astype(np.int64)] = self._numbers((keys >> 32).astype(np.uint32))
+            numbers[keys.astype(np.uint32)] = np.repeat(
+                self._numbers(rising[first]), np.diff(first, append=len(rising))
+            )
             return numbers
         return self._numbers(found)
 

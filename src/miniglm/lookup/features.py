@@ -7,6 +7,7 @@ distance from it, so that one set of weights serves all questions and all books.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from miniglm.lookup.text import (
     kinds,
     pairs,
     plain,
+    plain_with_places,
     triples,
 )
 
@@ -132,7 +134,7 @@ class Query:
         places[rows] = np.arange(len(rows))
         lengths = np.maximum(self.encoder.lengths[rows, 0], 1e-6)
         near = self.directions @ self.encoder.vectors[rows].T / lengths
-        best: Floats = self.strength @ np.maximum.reduceat(near[:, places[every]], _starts(bags), axis=1)
+        best: Floats = self.strength @ np.maximum.reduceat(near.take(places[every], axis=1), _starts(bags), axis=1)
         return best
 
 
@@ -201,14 +203,17 @@ class Sources:
 
     def _fact(self, number: int) -> FactParts:
         fact = self.memory.facts[number]
-        told, asked = plain(fact.together), tuple(plain(q) for q in fact.questions)
+        # White space stands between them, of which nothing is left.
+        ends = np.cumsum([len(text) + 1 for text in (*fact.questions, fact.answer)]) - 1
+        told, places = plain_with_places(fact.together, np.append(0, ends))
+        *asked, answer = (told[start:end] for start, end in itertools.pairwise(places.tolist()))
         weights = [_weights(distinct(grams(text)), self.encoder).sum() for text in asked]
         return FactParts(
             told=told,
             bag=distinct(self.encoder.vocabulary.bag(told)),
             context=context_of(fact, self.library),
-            answer=plain(fact.answer),
-            asked=asked,
+            answer=answer,
+            asked=tuple(asked),
             weights=np.array(weights, dtype=np.float32),
             kinds=np.stack([kinds(q) for q in fact.questions]),
             numeral=has_numeral(fact.answer),

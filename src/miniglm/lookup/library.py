@@ -8,6 +8,7 @@ from disk. Knows nothing of questions with known answers.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import itertools
@@ -99,17 +100,23 @@ class Shard:
             self.about["book"], chapter, self.about["titles"][title], paragraph, before, self._read(start, end)
         )
 
-    def around(self, paragraph: int) -> tuple[str, list[tuple[int, str]]]:
+    def row(self, paragraph: int) -> int | None:
+        """Which row the paragraph of that number has here, if any."""
+        numbers = self._paragraphs[:, 0]
+        row = int(np.searchsorted(numbers, paragraph))
+        return row if row < len(numbers) and numbers[row] == paragraph else None
+
+    def line(self, row: int) -> str:
+        """The paragraph of a row."""
+        rows = self._paragraphs
+        end = int(rows[row + 1, 3]) if row + 1 < len(rows) else len(self._text)
+        return self._read(int(rows[row, 3]), end).removesuffix("\n")
+
+    def around(self, row: int) -> tuple[str, list[tuple[int, str]]]:
         """See `Library.around`."""
         rows = self._paragraphs
-        row = int(np.searchsorted(rows[:, 0], paragraph))
-        if row == len(rows) or rows[row, 0] != paragraph:
-            raise LookupError(paragraph)
-        found = []
-        for near in range(max(0, row - AROUND), min(len(rows), row + AROUND + 1)):
-            end = int(rows[near + 1, 3]) if near + 1 < len(rows) else len(self._text)
-            if (rows[near, 1:3] == rows[row, 1:3]).all():
-                found.append((int(rows[near, 0]), self._read(int(rows[near, 3]), end).removesuffix("\n")))
+        near = range(max(0, row - AROUND), min(len(rows), row + AROUND + 1))
+        found = [(int(rows[n, 0]), self.line(n)) for n in near if (rows[n, 1:3] == rows[row, 1:3]).all()]
         return self.about["titles"][int(rows[row, 2])], found
 
     def plains(self, numbers: NDArray[np.int64]) -> list[Plain]:
@@ -209,6 +216,7 @@ class Library:
             raise damaged(f"检索的索引读不出来（{error}）", folder) from None
         self.shards = [Shard(folder / name) for name in names]
         self._first = np.cumsum([0, *(shard.size for shard in self.shards)])
+        self._begins = self._first[:-1].tolist()
         self._lexical = Bm25([shard.postings for shard in self.shards], self.plains)
         self._nearest = Nearest([shard.vectors for shard in self.shards])
 
@@ -219,8 +227,8 @@ class Library:
 
     def _place(self, number: int) -> tuple[Shard, int]:
         """The shard of a passage that is counted through all, and its number there."""
-        shard = int(np.searchsorted(self._first, number, "right")) - 1
-        return self.shards[shard], number - int(self._first[shard])
+        shard = bisect.bisect_right(self._begins, number) - 1
+        return self.shards[shard], number - self._begins[shard]
 
     def passage(self, number: int) -> Passage:
         """The passage of that number, counted through all shards."""
@@ -246,16 +254,24 @@ class Library:
         Raises:
             LookupError: there is no such book or paragraph.
         """
+        shard, row = self._row(book, paragraph)
+        return shard.around(row)
+
+    def _row(self, book: str, paragraph: int) -> tuple[Shard, int]:
         for shard in self.shards:
-            if shard.about["book"] == book:
-                with contextlib.suppress(LookupError):
-                    return shard.around(paragraph)
+            if shard.about["book"] == book and (row := shard.row(paragraph)) is not None:
+                return shard, row
         raise LookupError(f"{book} {paragraph}")
+
+    def _line(self, passage: Passage) -> str:
+        """The paragraph that it is in."""
+        shard, row = self._row(passage.book, passage.paragraph)
+        return shard.line(row)
 
     def beside(self, passage: Passage, most: int) -> tuple[str, str]:
         """The whole sentences of its paragraph before and after a passage that make up `most` characters with it, as many
         after it as before it, as far as there are some."""
-        text = dict(self.around(passage.book, passage.paragraph)[1])[passage.paragraph]
+        text = self._line(passage)
         start, end = passage.start, passage.start + len(passage.text)
         first, last = start, end
         cut = sentences(text)
@@ -273,7 +289,7 @@ class Library:
 
     def joined(self, one: Passage, other: Passage) -> Passage:
         """Two passages of a paragraph and what is between them as one."""
-        text = dict(self.around(one.book, one.paragraph)[1])[one.paragraph]
+        text = self._line(one)
         start = min(one.start, other.start)
         end = max(one.start + len(one.text), other.start + len(other.text))
         return replace(one, start=start, text=text[start:end])
