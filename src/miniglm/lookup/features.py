@@ -146,6 +146,15 @@ def _weights(found: Grams, encoder: Encoder) -> Floats:
     return weights
 
 
+def _together(texts: Sequence[Plain], encoder: Encoder) -> Floats:
+    """(texts,) what the distinct n-grams of each weigh together."""
+    found = [grams(text) for text in texts]
+    owners = np.repeat(np.arange(len(texts), dtype=np.uint64), [len(own) for own in found])
+    keys = distinct(owners << 32 | np.concatenate(found))
+    weights = _weights(keys.astype(np.uint32), encoder)
+    return np.bincount((keys >> 32).astype(np.int64), weights, minlength=len(texts)).astype(np.float32)
+
+
 def _starts(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     """Where each part begins in all of them one after another."""
     return np.cumsum([0, *(len(part) for part in parts[:-1])])
@@ -207,14 +216,13 @@ class Sources:
         ends = np.cumsum([len(text) + 1 for text in (*fact.questions, fact.answer)]) - 1
         told, places = plain_with_places(fact.together, np.append(0, ends))
         *asked, answer = (told[start:end] for start, end in itertools.pairwise(places.tolist()))
-        weights = [_weights(distinct(grams(text)), self.encoder).sum() for text in asked]
         return FactParts(
             told=told,
-            bag=distinct(self.encoder.vocabulary.bag(told)),
+            bag=known_of(distinct(self.encoder.vocabulary.numbers(grams(told)))),
             context=context_of(fact, self.library),
             answer=answer,
             asked=tuple(asked),
-            weights=np.array(weights, dtype=np.float32),
+            weights=_together(asked, self.encoder),
             kinds=np.stack([kinds(q) for q in fact.questions]),
             numeral=has_numeral(fact.answer),
         )
