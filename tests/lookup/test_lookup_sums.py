@@ -41,6 +41,6 @@ def test_products_of_halves() -> None:
     generator = np.random.default_rng(1)
     vectors = generator.standard_normal((300, 256)).astype(np.float16) / np.float16(16)
     query = generator.standard_normal(256).astype(np.float32) / np.float32(16)
-    by_torch, by_numpy = both(lambda: half_products(vectors, query))
+    by_torch, by_numpy = both(lambda: half_products([vectors[:7], vectors[7:]], query))
     assert np.allclose(by_torch, vectors.astype(np.float64) @ query, atol=5e-3)
     assert np.allclose(by_numpy, vectors.astype(np.float64) @ query, atol=1e-6)

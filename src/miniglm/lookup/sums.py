@@ -4,6 +4,7 @@ than a question from the command line takes with numpy alone (10 milliseconds he
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 
-def half_products(vectors: NDArray[np.float16], query: Floats) -> Floats:
-    """(vectors, dimensions) times (dimensions,), perhaps rounded as float16 is: (vectors,)."""
+def half_products(parts: Sequence[NDArray[np.float16]], query: Floats) -> Floats:
+    """(vectors, dimensions) each times (dimensions,), perhaps rounded as float16 is: (vectors of all parts,)."""
     torch = sys.modules.get("torch")
     if torch is None:
-        return vectors.astype(np.float32) @ query
-    found: Floats = (torch.from_numpy(vectors) @ torch.from_numpy(query).half()).float().numpy()
+        return np.concatenate([part.astype(np.float32) @ query for part in parts])
+    half = torch.from_numpy(query).half()
+    found: Floats = torch.cat([torch.from_numpy(part) @ half for part in parts]).float().numpy()
     return found
 
 

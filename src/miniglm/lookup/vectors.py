@@ -107,11 +107,11 @@ class Nearest:
         if not len(self._sizes):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
         owners, starts, sizes = self._chosen(vector)
-        scores = [
-            half_products(self._parts[owner].stored[start : start + size], vector)
+        looked_at = [
+            self._parts[owner].stored[start : start + size]
             for owner, start, size in zip(owners.tolist(), starts.tolist(), sizes.tolist(), strict=True)
         ]
-        flat = np.concatenate(scores)
+        flat = half_products(looked_at, vector)
         # Rounded sums choose twice as many as are wanted, full ones choose among these.
         best = (
             np.sort(np.argpartition(-flat, 2 * count)[: 2 * count]) if len(flat) > 2 * count else np.arange(len(flat))
