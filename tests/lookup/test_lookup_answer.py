@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from running import ROOT
 
@@ -17,6 +18,7 @@ from miniglm.lookup.build import build_index, withhold
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.facts import facts_of, locate
 from miniglm.lookup.library import Library, build_library, parts_of
+from miniglm.lookup.text import plain
 from miniglm.qa.formats import Example, Turn, read_examples
 
 STORY = [
@@ -192,8 +194,10 @@ def test_context_stays_in_the_chapter(index: Path) -> None:
     library = Library(index / "books")
     texts = [library.passage(n).text for n in range(library.size)]
     last_of_first = max(n for n in range(library.size) if library.passage(n).chapter == 1)
-    found = "".join(map(chr, library.context(last_of_first)))
+    context, start, end = library.context(last_of_first)
+    found = "".join(map(chr, context))
     assert "石勇的刀卖到了京城" in found and "柳老大" not in found and len(texts) == library.size
+    assert np.array_equal(context[start:end], plain(texts[last_of_first])) and 0 < start < end == len(context)
 
 
 def test_facts_share_id_and_answer() -> None:

@@ -42,8 +42,12 @@ def test_parts_of_a_text_are_as_each_by_itself(encoder: Encoder) -> None:
     text = plain("玄德孔明x刘备云长关羽")
     starts, ends = np.array([0, 1, 4, 3, 5]), np.array([4, 6, 5, 3, len(text)])
     each = encoder.bags([encoder.vocabulary.bag(text[start:end]) for start, end in zip(starts, ends, strict=True)])
-    assert np.allclose(encoder.parts(text, starts, ends), each, atol=1e-6)
-    assert np.array_equal(encoder.parts(text, starts[:0], ends[:0]), each[:0])
+    numbers = encoder.vocabulary.numbers(grams(text))
+    assert np.allclose(encoder.parts(numbers, starts, ends), each, atol=1e-6)
+    assert np.array_equal(encoder.parts(numbers, starts[:0], ends[:0]), each[:0])
+    for unknown, end in (("", 0), ("xyz", 3)):
+        numbers = encoder.vocabulary.numbers(grams(plain(unknown)))
+        assert not encoder.parts(numbers, np.array([0]), np.array([end])).any()
 
 
 def test_many_numbers_are_those_of_few(encoder: Encoder) -> None:

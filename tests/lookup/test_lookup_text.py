@@ -7,13 +7,15 @@ import itertools
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from miniglm.corpus import Paragraph
 from miniglm.lookup.text import (
     PASSAGE,
+    Occurrences,
+    Plain,
     bytes_before,
     distinct,
-    flat_grams,
     grams,
     kinds,
     pairs,
@@ -103,13 +105,23 @@ def test_places_are_those_of_what_stands_before(text: str, data: st.DataObject) 
     assert bytes_before(text, places).tolist() == [len(text[:place].encode()) for place in places]
 
 
+def _runs(text: Plain) -> NDArray[np.uint64]:
+    return np.concatenate([grams(text).astype(np.uint64), triples(text)])
+
+
 @settings(deadline=None)
-@given(st.lists(st.text(alphabet="曹操刘备", max_size=6), min_size=1, max_size=5))
-def test_grams_of_several_are_those_of_each(written: list[str]) -> None:
-    texts = [plain(text) for text in written]
-    found, owners = flat_grams(texts)
-    for number, text in enumerate(texts):
-        assert np.array_equal(found[owners == number], grams(text))
+@given(
+    st.text(alphabet="曹操刘备𠀀", max_size=6),
+    st.lists(st.tuples(st.text(alphabet="曹操刘备关𠀀", max_size=9), st.integers(0, 9), st.integers(0, 9)), min_size=1),
+)
+def test_occurrences_are_those_of_each_text_and_of_each_part(asked: str, written: list[tuple[str, int, int]]) -> None:
+    wanted = distinct(_runs(plain(asked)))
+    texts = [plain(text) for text, *_ in written]
+    places = [sorted(min(place, len(text)) for place in two) for text, (_, *two) in zip(texts, written, strict=True)]
+    found = Occurrences(wanted, texts)
+    parts = [text[start:end] for text, (start, end) in zip(texts, places, strict=True)]
+    for times, some in ((found.times(), texts), (found.times(np.array(places)), parts)):
+        assert times.tolist() == [[int((_runs(text) == name).sum()) for name in wanted] for text in some]
 
 
 def test_ranges() -> None:

@@ -70,7 +70,7 @@ def test_found_wherever_it_lies_and_built_once(
         assert passage.text == f"那里出产{thing}。" and passage.paragraph == 2 * number + 2
         # A document ends where the next one begins.
         assert [n for n, _ in found.around(TITLE, passage.paragraph)[1]] == [2 * number + 1, 2 * number + 2]
-        context = "".join(map(chr, found.context(first)))
+        context = "".join(map(chr, found.context(first)[0]))
         assert thing in context and not any(other in context for other in "茶米盐铁丝" if other != thing)
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save
 from miniglm.files import write_whole
 from miniglm.lookup.fault import damaged
 from miniglm.lookup.sums import unit_sums
-from miniglm.lookup.text import Grams, Plain, grams, neighbours, places_in, plain, ranges
+from miniglm.lookup.text import Grams, Plain, firsts, grams, places_in, plain, ranges
 
 Bag = NDArray[np.int64]
 """Numbers of a text's n-grams, with repetitions."""
@@ -46,10 +46,15 @@ class Vocabulary:
 
     def numbers(self, found: Grams) -> Bag:
         """The number of each n-gram, 0 for unknown ones."""
-        if len(found) > SORTED:  # a binary search after another goes the same way, which processors like
+        if len(found) > SORTED:
+            # Each once, and in order: a binary search after another goes the same way, which processors like.
             keys = np.sort(found.astype(np.uint64) << 32 | np.arange(len(found), dtype=np.uint64))
+            rising = (keys >> 32).astype(np.uint32)
+            first = firsts(rising)
             numbers = np.empty(len(found), dtype=np.int64)
-            numbers[(keys & 0xFFFFFFFF).astype(np.int64)] = self._numbers((keys >> 32).astype(np.uint32))
+            numbers[keys.astype(np.uint32)] = np.repeat(
+                self._numbers(rising[first]), np.diff(first, append=len(rising))
+            )
             return numbers
         return self._numbers(found)
 
@@ -65,8 +70,13 @@ class Vocabulary:
         """The same of the n-grams of several."""
         numbers = self.numbers(np.concatenate(texts))
         ends = np.cumsum([len(text) for text in texts]).tolist()
-        each = (numbers[end - len(text) : end] for text, end in zip(texts, ends, strict=True))
-        return [known if len(known := own[own != UNKNOWN]) else np.array([UNKNOWN]) for own in each]
+        return [known_of(numbers[end - len(text) : end]) for text, end in zip(texts, ends, strict=True)]
+
+
+def known_of(numbers: Bag) -> Bag:
+    """The known ones of them; one unknown where there is none."""
+    known = numbers[numbers != UNKNOWN]
+    return known if len(known) else np.array([UNKNOWN])
 
 
 def build_vocabulary(texts: Iterable[Plain]) -> Vocabulary:
@@ -102,20 +112,24 @@ class Encoder:
             made.append(unit_sums(self.vectors, np.concatenate(some), starts))
         return np.concatenate(made)
 
-    def parts(self, text: Plain, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Vectors of length 1, (parts, dimensions), of those places of `text`, which may overlap."""
-        numbers = np.concatenate(
-            [self.vocabulary.numbers(text.astype(np.uint32)), self.vocabulary.numbers(neighbours(text))]
-        )
+    def parts(self, numbers: Bag, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Vectors of length 1, (parts, dimensions), of those places of a text, which may overlap; all zero where nothing
+        is known.
+
+        Args:
+            numbers: of the text's `grams`.
+        """
         # A bag has the characters of its part, then the pairs.
         lengths = np.stack([ends - starts, np.maximum(ends - starts - 1, 0)], axis=1)
-        first = np.stack([starts, starts + len(text)], axis=1)
+        first = np.stack([starts, starts + (len(numbers) + 1) // 2], axis=1)
         made = [np.zeros((0, self.vectors.shape[1]), dtype=np.float32)]
         for at in range(0, len(starts), AT_ONCE):
             own = lengths[at : at + AT_ONCE]
             rows = numbers[ranges(first[at : at + AT_ONCE].ravel(), own.ravel())]
+            known = rows != UNKNOWN
+            before = np.concatenate([[0], np.cumsum(known)])
             starts_of = np.cumsum(own.sum(axis=1)) - own.sum(axis=1)
-            made.append(unit_sums(self.vectors, rows, starts_of, without=UNKNOWN))
+            made.append(unit_sums(self.vectors, rows[known], before[starts_of]))
         return np.concatenate(made)
 
     def bag(self, bag: Bag) -> NDArray[np.float32]:

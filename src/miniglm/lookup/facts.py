@@ -43,7 +43,7 @@ class Fact:
 
 def context_of(fact: Fact, library: Library) -> Plain:
     """What surrounds the fact in the book, or the evidence that its set gives."""
-    return library.context(fact.passage) if fact.passage >= 0 else plain(fact.evidence)
+    return library.context(fact.passage)[0] if fact.passage >= 0 else plain(fact.evidence)
 
 
 def facts_of(examples: Sequence[Example]) -> list[Fact]:

@@ -7,6 +7,7 @@ distance from it, so that one set of weights serves all questions and all books.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from miniglm.lookup.encoder import UNKNOWN, Bag, Encoder
+from miniglm.lookup.encoder import UNKNOWN, Bag, Encoder, known_of
 from miniglm.lookup.facts import FIELDS, Memory, context_of
 from miniglm.lookup.library import Library, Passage
 from miniglm.lookup.text import (
@@ -23,13 +24,15 @@ from miniglm.lookup.text import (
     REASON,
     SPEECH,
     Grams,
+    Occurrences,
+    Plain,
     distinct,
     grams,
     has_numeral,
     kinds,
     pairs,
-    places_in,
     plain,
+    plain_with_places,
     triples,
 )
 
@@ -66,7 +69,12 @@ class Candidates:
 
 
 class Query:
-    """A question with what is computed from it once."""
+    """A question with what is computed from it once.
+
+    Attributes:
+        distinct: its characters and pairs; `runs`: these and then its triples, all rising.
+        weights: (runs,) what each weighs; a triple nothing.
+    """
 
     def __init__(self, text: str, encoder: Encoder) -> None:
         self.text, self.encoder = text, encoder
@@ -74,57 +82,60 @@ class Query:
         self.plain = plain(text)
         self.grams = grams(self.plain)
         self.distinct = distinct(self.grams)
-        self.pairs = pairs(self.distinct)
-        self.triples = distinct(triples(self.plain))
+        self.runs = np.concatenate([self.distinct.astype(np.uint64), distinct(triples(self.plain))])
         self.kinds = kinds(text)
         bag = vocabulary.bag(self.plain)
         self.vector = encoder.bag(bag)
-        self.weights = _weights(self.distinct, encoder)
+        self.weights = np.zeros(len(self.runs), dtype=np.float32)
+        self.weights[: len(self.distinct)] = _weights(self.distinct, encoder)
         own = distinct(bag)
         strength = encoder.lengths[own, 0]
         self.directions = encoder.vectors[own] / np.maximum(strength, 1e-6)[:, None]
         self.strength = strength / max(float(strength.sum()), 1e-6)
 
-    def held(self, texts: Sequence[Grams]) -> NDArray[np.bool_]:
-        """(texts, distinct n-grams) whether each text holds each of the question's n-grams."""
-        return holds(self.distinct, texts)
+    def occurrences(self, texts: Sequence[Plain]) -> Occurrences:
+        """Where its characters, pairs and triples stand in some texts."""
+        return Occurrences(self.runs, texts)
 
-    def share(self, texts: Sequence[Grams]) -> Floats:
-        """(texts,) share of each text's n-grams that the question has."""
-        sizes = [len(text) for text in texts]
-        known, _ = places_in(self.distinct, np.concatenate(texts))
-        held = np.bincount(np.repeat(np.arange(len(texts)), sizes), weights=known, minlength=len(texts))
-        return (held / np.maximum(sizes, 1)).astype(np.float32)
-
-    def cover(self, held: NDArray[np.bool_], among: NDArray[np.bool_] | None = None) -> Floats:
-        """(texts,) share of the n-grams' weight that is held."""
+    def cover(self, times: NDArray[np.int64], among: NDArray[np.bool_] | None = None) -> Floats:
+        """(texts,) share of the n-grams' weight that each text holds, if it has them `times`."""
         weights = self.weights if among is None else self.weights * among
-        found: Floats = held.astype(np.float32) @ weights / max(float(weights.sum()), 1e-6)
+        found: Floats = (times > 0) @ weights / max(float(weights.sum()), 1e-6)
         return found
+
+    def repeated(self, times: NDArray[np.int64], texts: Sequence[Plain]) -> Floats:
+        """(texts,) share of each text's n-grams, with repetitions, that are the question's."""
+        sizes = np.array([len(text) for text in texts])
+        found: Floats = times[:, : len(self.distinct)].sum(axis=1) / np.maximum(2 * sizes - 1, 1)
+        return found
+
+    def triples(self, times: NDArray[np.int64]) -> Floats:
+        """(texts,) share of its triples that each text holds."""
+        held = times[:, len(self.distinct) :] > 0
+        found: Floats = held.sum(axis=1) / max(1, held.shape[1])
+        return found
+
+    def dice(self, times: NDArray[np.int64], weights: Floats) -> Floats:
+        """(texts,) weighted Dice coefficient of the n-grams of both; `weights`: of all of each text's."""
+        dice: Floats = 2 * ((times > 0) @ self.weights) / np.maximum(weights + self.weights.sum(), 1e-6)
+        return dice
 
     def unknown(self) -> float:
         """Share of the pairs that the encoder has never seen twice: high where a question is about something else."""
-        known = self.encoder.vocabulary.numbers(self.distinct[self.pairs]) != UNKNOWN
+        known = self.encoder.vocabulary.numbers(self.distinct[pairs(self.distinct)]) != UNKNOWN
         return 1.0 - float(known.mean()) if len(known) else 1.0
 
     def soft(self, bags: Sequence[Bag]) -> Floats:
         """(bags,) of each of the question's n-grams the best cosine with one of the bag's, weighted by its vector's
         length."""
         every = np.concatenate(bags)
-        wanted = np.zeros(len(self.encoder.lengths), dtype=bool)
-        wanted[every] = True
-        rows = np.flatnonzero(wanted)
-        places = (np.cumsum(wanted) - 1)[every]
-        vectors, lengths = self.encoder.vectors[rows], self.encoder.lengths[rows]
-        near = (vectors @ self.directions.T / np.maximum(lengths, 1e-6))[places]
-        best: Floats = np.maximum.reduceat(near, _starts(bags), axis=0) @ self.strength
+        rows = distinct(every)
+        places = np.empty(len(self.encoder.lengths), dtype=np.int64)
+        places[rows] = np.arange(len(rows))
+        lengths = np.maximum(self.encoder.lengths[rows, 0], 1e-6)
+        near = self.directions @ self.encoder.vectors[rows].T / lengths
+        best: Floats = self.strength @ np.maximum.reduceat(near.take(places[every], axis=1), _starts(bags), axis=1)
         return best
-
-    def dice(self, others: Sequence[Grams], weights: Floats) -> Floats:
-        """(texts,) weighted Dice coefficient of the n-grams of both; `weights`: of all of each of the others."""
-        both = 2 * (self.held(others).astype(np.float32) @ self.weights)
-        dice: Floats = both / np.maximum(weights + self.weights.sum(), 1e-6)
-        return dice
 
 
 def _weights(found: Grams, encoder: Encoder) -> Floats:
@@ -135,17 +146,18 @@ def _weights(found: Grams, encoder: Encoder) -> Floats:
     return weights
 
 
+def _together(texts: Sequence[Plain], encoder: Encoder) -> Floats:
+    """(texts,) what the distinct n-grams of each weigh together."""
+    found = [grams(text) for text in texts]
+    owners = np.repeat(np.arange(len(texts), dtype=np.uint64), [len(own) for own in found])
+    keys = distinct(owners << 32 | np.concatenate(found))
+    weights = _weights(keys.astype(np.uint32), encoder)
+    return np.bincount((keys >> 32).astype(np.int64), weights, minlength=len(texts)).astype(np.float32)
+
+
 def _starts(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     """Where each part begins in all of them one after another."""
     return np.cumsum([0, *(len(part) for part in parts[:-1])])
-
-
-def holds(wanted: NDArray[Any], texts: Sequence[NDArray[Any]]) -> NDArray[np.bool_]:
-    """(texts, wanted) whether each text has each of the wanted numbers, which rise."""
-    table = np.zeros((len(texts), len(wanted)), dtype=bool)
-    known, places = places_in(wanted, np.concatenate(texts))
-    table[np.repeat(np.arange(len(texts)), [len(text) for text in texts])[known], places[known]] = True
-    return table
 
 
 def _relative(scores: Floats) -> Floats:
@@ -154,36 +166,38 @@ def _relative(scores: Floats) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class FactParts:
-    """What of a fact does not depend on the question. N-grams are distinct ones.
+    """What of a fact does not depend on the question.
 
     Attributes:
-        told, bag: of all phrasings and the answer; `context`: of what surrounds the fact in the book.
-        answer: of the answer; `answer_all`: with repetitions.
-        asked, asked_weights: of each phrasing, and what they weigh together; `kinds`: (phrasings, kinds).
+        told: all phrasings and the answer; `bag`: its distinct n-grams.
+        context: what surrounds the fact in the book.
+        asked: each phrasing; `weights`: what the distinct n-grams of each weigh together; `kinds`: (phrasings, kinds).
     """
 
-    told: Grams
+    told: Plain
     bag: Bag
-    context: Grams
-    answer: Grams
-    answer_all: Grams
-    asked: tuple[Grams, ...]
-    asked_weights: Floats
+    context: Plain
+    answer: Plain
+    asked: tuple[Plain, ...]
+    weights: Floats
     kinds: Floats
     numeral: bool
 
 
 @dataclass(frozen=True, slots=True)
 class PassageParts:
-    """What of a passage does not depend on the question; `context` is with its neighbours."""
+    """What of a passage does not depend on the question.
+
+    Attributes:
+        context: its characters and those of its neighbours; `place`: where among them it begins and ends itself.
+        bag: its own n-grams.
+    """
 
     passage: Passage
-    own: Grams
-    context: Grams
-    triples: NDArray[np.uint64]
-    context_triples: NDArray[np.uint64]
-    bag: Bag
+    context: Plain
+    place: tuple[int, int]
     context_vector: Floats
+    bag: Bag
     numeral: bool
     speech: bool
 
@@ -198,16 +212,17 @@ class Sources:
 
     def _fact(self, number: int) -> FactParts:
         fact = self.memory.facts[number]
-        told, answer = plain(fact.together), grams(plain(fact.answer))
-        asked = tuple(distinct(grams(plain(q))) for q in fact.questions)
+        # White space stands between them, of which nothing is left.
+        ends = np.cumsum([len(text) + 1 for text in (*fact.questions, fact.answer)]) - 1
+        told, places = plain_with_places(fact.together, np.append(0, ends))
+        *asked, answer = (told[start:end] for start, end in itertools.pairwise(places.tolist()))
         return FactParts(
-            told=distinct(grams(told)),
-            bag=distinct(self.encoder.vocabulary.bag(told)),
-            context=distinct(grams(context_of(fact, self.library))),
-            answer=distinct(answer),
-            answer_all=answer,
-            asked=asked,
-            asked_weights=np.array([_weights(found, self.encoder).sum() for found in asked], dtype=np.float32),
+            told=told,
+            bag=known_of(distinct(self.encoder.vocabulary.numbers(grams(told)))),
+            context=context_of(fact, self.library),
+            answer=answer,
+            asked=tuple(asked),
+            weights=_together(asked, self.encoder),
             kinds=np.stack([kinds(q) for q in fact.questions]),
             numeral=has_numeral(fact.answer),
         )
@@ -218,19 +233,19 @@ class Sources:
         if new:
             if len(self._passages) > KEPT:
                 self._passages = {n: self._passages[n] for n in numbers if n in self._passages}
-            library, encoder = self.library, self.encoder
-            own, around = library.plains(np.array(new)), [library.context(n) for n in new]
-            own_grams = [grams(text) for text in own]
-            ends = np.cumsum([len(text) for text in around])
-            vectors = encoder.parts(np.concatenate(around), ends - [len(text) for text in around], ends)
-            for n, text, near, found, bag, vector in zip(
-                new, own, around, own_grams, encoder.vocabulary.bags(own_grams), vectors, strict=True
-            ):
-                passage = library.passage(n)
+            contexts = [self.library.context(n) for n in new]
+            text = np.concatenate([context for context, *_ in contexts])
+            found = self.encoder.vocabulary.numbers(grams(text))
+            ends = np.cumsum([len(context) for context, *_ in contexts])
+            begins = ends - [len(context) for context, *_ in contexts]
+            vectors = self.encoder.parts(found, begins, ends)
+            for n, (context, *place), begin, vector in zip(new, contexts, begins.tolist(), vectors, strict=True):
+                start, end = begin + place[0], begin + place[1]
+                bag = known_of(np.concatenate([found[start:end], found[len(text) + start : len(text) + end - 1]]))
+                passage = self.library.passage(n)
                 speech = "曰" in passage.text or "道：" in passage.text
-                runs, near_runs = triples(text), triples(near)
                 self._passages[n] = PassageParts(
-                    passage, found, grams(near), runs, near_runs, bag, vector, has_numeral(passage.text), speech
+                    passage, context, (place[0], place[1]), vector, bag, has_numeral(passage.text), speech
                 )
         return [self._passages[n] for n in numbers]
 
@@ -249,23 +264,25 @@ def fact_candidates(query: Query, sources: Sources) -> Candidates:
     chosen = np.argsort(-first, kind="stable")[:FACTS]
     tops = {name: float(values.max()) for name, values in cosines.items()}
     facts = [sources.fact(n) for n in chosen.tolist()]
-    in_told = query.held([fact.told for fact in facts])
-    in_context = query.held([fact.context for fact in facts])
-    phrasings = _starts([fact.asked_weights for fact in facts])
-    dice = query.dice([a for fact in facts for a in fact.asked], np.concatenate([f.asked_weights for f in facts]))
-    # Of the answer's n-grams, with repetitions, the share that the question has said already.
-    repeated = query.share([fact.answer_all for fact in facts])
-    person = np.array([fact.kinds[:, PERSON].max() for fact in facts])
-    reason = np.array([fact.kinds[:, REASON].max() for fact in facts])
+    answers = [fact.answer for fact in facts]
+    texts = [f.told for f in facts] + [f.context for f in facts] + answers + [text for f in facts for text in f.asked]
+    cuts = np.cumsum([len(facts)] * 3)
+    in_told, in_context, in_answer, in_asked = np.split(query.occurrences(texts).times(), cuts)
+    # What follows is of all phrasings of all facts, and where those of each fact begin.
+    phrasings = _starts([fact.weights for fact in facts])
+    dice = query.dice(in_asked, np.concatenate([fact.weights for fact in facts]))
+    kinds_asked = np.concatenate([fact.kinds for fact in facts])
+    shared = np.maximum.reduceat(kinds_asked @ query.kinds, phrasings) / max(1.0, float(query.kinds.sum()))
+    apart = np.minimum.reduceat(np.abs(kinds_asked - query.kinds).sum(axis=1), phrasings)
+    person, reason = np.maximum.reduceat(kinds_asked[:, [PERSON, REASON]], phrasings).T
     number = np.array([fact.numeral for fact in facts])
     columns = [
         told[chosen], wide[chosen],
         *(cosines[name][chosen] for name in FIELDS), *(cosines[name][chosen] - tops[name] for name in FIELDS),
-        query.cover(in_told), query.cover(in_context), query.cover(in_told | in_context),
-        query.cover(query.held([fact.answer for fact in facts])), query.soft([fact.bag for fact in facts]),
-        np.maximum.reduceat(dice, phrasings), repeated,
-        [(fact.kinds @ query.kinds).max() / max(1.0, float(query.kinds.sum())) for fact in facts],
-        [-np.abs(fact.kinds - query.kinds).sum(axis=1).min() for fact in facts],
+        query.cover(in_told), query.cover(in_context), query.cover(in_told + in_context), query.cover(in_answer),
+        query.soft([fact.bag for fact in facts]),
+        np.maximum.reduceat(dice, phrasings), query.repeated(in_answer, answers),
+        shared, -apart,
         query.kinds[NUMBER] * number,
         query.kinds[PERSON] * person, query.kinds[PERSON] * (person - 1),
         query.kinds[REASON] * reason,
@@ -288,14 +305,14 @@ def passage_candidates(query: Query, sources: Sources) -> tuple[Candidates, list
     numbers = [n for n, *_ in found]
     parts = sources.passages(numbers)
     contexts = np.stack([p.context_vector for p in parts]) @ query.vector
-    held, near = query.held([p.own for p in parts]), query.held([p.context for p in parts])
-    runs = max(1, len(query.triples))
+    occurrences = query.occurrences([p.context for p in parts])
+    own, near = occurrences.times(np.array([p.place for p in parts])), occurrences.times()
+    two = pairs(query.runs)
     cosine = np.array([cos for *_, cos in found])
     columns = [
         [score for _, score, _ in found], cosine, contexts, cosine - cosine.max(), contexts - contexts.max(),
-        query.cover(held), query.cover(near), query.cover(held, query.pairs), query.cover(near, query.pairs),
-        holds(query.triples, [p.triples for p in parts]).sum(axis=1) / runs,
-        holds(query.triples, [p.context_triples for p in parts]).sum(axis=1) / runs,
+        query.cover(own), query.cover(near), query.cover(own, two), query.cover(near, two),
+        query.triples(own), query.triples(near),
         query.soft([p.bag for p in parts]),
         query.kinds[NUMBER] * np.array([p.numeral for p in parts]),
         query.kinds[SPEECH] * np.array([p.speech for p in parts]),

@@ -42,10 +42,11 @@ class Lexical:
 
     def scores(self, query: Grams) -> NDArray[np.float32]:
         """(texts,) how much of the query each holds; repetitions in the query count."""
-        known = [] if self._index is None else [name for name in map(str, query) if name in self._index.vocab_dict]
-        if not known:
+        if self._index is None:
             return np.zeros(self.size, dtype=np.float32)
-        found: NDArray[np.float32] = self._index.get_scores(known)
+        numbers = self._index.vocab_dict
+        known = [numbers[name] for name in map(str, query.tolist()) if name in numbers]
+        found: NDArray[np.float32] = self._index.get_scores_from_ids(known)
         return found
 
     def save(self, folder: Path) -> None:
@@ -60,4 +61,7 @@ class Lexical:
 
         if not folder.exists():
             return cls(None, size)
-        return cls(bm25s.BM25.load(str(folder), mmap=True, load_corpus=False), size)
+        index = bm25s.BM25.load(str(folder), mmap=True, load_corpus=False)
+        # Plain arrays over the mapped files: np.memmap's own slicing is slow.
+        index.scores |= {name: np.asarray(index.scores[name]) for name in ("data", "indices", "indptr")}
+        return cls(index, size)

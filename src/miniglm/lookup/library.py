@@ -8,6 +8,7 @@ from disk. Knows nothing of questions with known answers.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import itertools
@@ -26,7 +27,17 @@ from miniglm.files import write_whole
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.fault import damaged
 from miniglm.lookup.postings import Bm25, Postings, Writer, best, mapped
-from miniglm.lookup.text import CONTEXT, Grams, Plain, Span, bytes_before, passages, plain_with_places, sentences
+from miniglm.lookup.text import (
+    CONTEXT,
+    Grams,
+    Plain,
+    Span,
+    bytes_before,
+    grams,
+    passages,
+    plain_with_places,
+    sentences,
+)
 from miniglm.lookup.vectors import Nearest, Vectors, write_vectors
 
 SHARD = 600_000
@@ -89,31 +100,38 @@ class Shard:
             self.about["book"], chapter, self.about["titles"][title], paragraph, before, self._read(start, end)
         )
 
-    def around(self, paragraph: int) -> tuple[str, list[tuple[int, str]]]:
+    def row(self, paragraph: int) -> int | None:
+        """Which row the paragraph of that number has here, if any."""
+        numbers = self._paragraphs[:, 0]
+        row = int(np.searchsorted(numbers, paragraph))
+        return row if row < len(numbers) and numbers[row] == paragraph else None
+
+    def line(self, row: int) -> str:
+        """The paragraph of a row."""
+        rows = self._paragraphs
+        end = int(rows[row + 1, 3]) if row + 1 < len(rows) else len(self._text)
+        return self._read(int(rows[row, 3]), end).removesuffix("\n")
+
+    def around(self, row: int) -> tuple[str, list[tuple[int, str]]]:
         """See `Library.around`."""
         rows = self._paragraphs
-        row = int(np.searchsorted(rows[:, 0], paragraph))
-        if row == len(rows) or rows[row, 0] != paragraph:
-            raise LookupError(paragraph)
-        found = []
-        for near in range(max(0, row - AROUND), min(len(rows), row + AROUND + 1)):
-            end = int(rows[near + 1, 3]) if near + 1 < len(rows) else len(self._text)
-            if (rows[near, 1:3] == rows[row, 1:3]).all():
-                found.append((int(rows[near, 0]), self._read(int(rows[near, 3]), end).removesuffix("\n")))
+        near = range(max(0, row - AROUND), min(len(rows), row + AROUND + 1))
+        found = [(int(rows[n, 0]), self.line(n)) for n in near if (rows[n, 1:3] == rows[row, 1:3]).all()]
         return self.about["titles"][int(rows[row, 2])], found
 
     def plains(self, numbers: NDArray[np.int64]) -> list[Plain]:
         """The characters of the passages of those numbers."""
         return [self._plain[start:end] for start, end in self._passages[numbers, 3:].tolist()]
 
-    def context(self, number: int) -> Plain:
-        """The characters of the passage with those before and after it in the chapter."""
-        first, last = max(0, number - CONTEXT), min(self.size - 1, number + CONTEXT)
-        around = self._passages[first : last + 1]
-        chapters = self._paragraphs[around[:, 0], 1:3]
-        same = around[(chapters == chapters[number - first]).all(axis=1)]
-        found: Plain = self._plain[int(same[0, 3]) : int(same[:, 4].max())]
-        return found
+    def context(self, number: int) -> tuple[Plain, int, int]:
+        """See `Library.context`."""
+        first = max(0, number - CONTEXT)
+        around = self._passages[first : number + CONTEXT + 1]
+        chapters = self._paragraphs[around[:, 0], 1:3].tolist()
+        own = chapters[number - first]
+        same = [row[3:] for row, chapter in zip(around.tolist(), chapters, strict=True) if chapter == own]
+        begin, (start, end) = same[0][0], around[number - first, 3:].tolist()
+        return self._plain[begin : max(last for _, last in same)], start - begin, end - begin
 
 
 def build_shard(paragraphs: Iterable[Paragraph], encoder: Encoder, folder: Path, fingerprint: str) -> None:
@@ -152,7 +170,8 @@ def build_shard(paragraphs: Iterable[Paragraph], encoder: Encoder, folder: Path,
             new = np.concatenate(places[-len(block) :])
             starts, ends = new[:, 3] - begun, new[:, 4] - begun
             postings.add(flat, starts, ends)
-            encoder.parts(flat, starts, ends).astype(np.float16).tofile(vector_file)
+            numbers = encoder.vocabulary.numbers(grams(flat))
+            encoder.parts(numbers, starts, ends).astype(np.float16).tofile(vector_file)
     postings.finish()
     write_vectors(mapped(unsorted, np.float16).reshape(-1, encoder.vectors.shape[1]), made / "vectors")
     unsorted.unlink()
@@ -197,6 +216,7 @@ class Library:
             raise damaged(f"检索的索引读不出来（{error}）", folder) from None
         self.shards = [Shard(folder / name) for name in names]
         self._first = np.cumsum([0, *(shard.size for shard in self.shards)])
+        self._begins = self._first[:-1].tolist()
         self._lexical = Bm25([shard.postings for shard in self.shards], self.plains)
         self._nearest = Nearest([shard.vectors for shard in self.shards])
 
@@ -207,8 +227,8 @@ class Library:
 
     def _place(self, number: int) -> tuple[Shard, int]:
         """The shard of a passage that is counted through all, and its number there."""
-        shard = int(np.searchsorted(self._first, number, "right")) - 1
-        return self.shards[shard], number - int(self._first[shard])
+        shard = bisect.bisect_right(self._begins, number) - 1
+        return self.shards[shard], number - self._begins[shard]
 
     def passage(self, number: int) -> Passage:
         """The passage of that number, counted through all shards."""
@@ -221,8 +241,9 @@ class Library:
         parts = [numbers[low:high] - first for low, high, first in zip(edges, edges[1:], self._first, strict=False)]
         return [text for shard, own in zip(self.shards, parts, strict=True) for text in shard.plains(own)]
 
-    def context(self, number: int) -> Plain:
-        """The characters of the passage of that number with those before and after it in its chapter."""
+    def context(self, number: int) -> tuple[Plain, int, int]:
+        """The characters of the passage of that number with those before and after it in its chapter, and where among
+        them it begins and ends itself."""
         shard, own = self._place(number)
         return shard.context(own)
 
@@ -233,16 +254,24 @@ class Library:
         Raises:
             LookupError: there is no such book or paragraph.
         """
+        shard, row = self._row(book, paragraph)
+        return shard.around(row)
+
+    def _row(self, book: str, paragraph: int) -> tuple[Shard, int]:
         for shard in self.shards:
-            if shard.about["book"] == book:
-                with contextlib.suppress(LookupError):
-                    return shard.around(paragraph)
+            if shard.about["book"] == book and (row := shard.row(paragraph)) is not None:
+                return shard, row
         raise LookupError(f"{book} {paragraph}")
+
+    def _line(self, passage: Passage) -> str:
+        """The paragraph that it is in."""
+        shard, row = self._row(passage.book, passage.paragraph)
+        return shard.line(row)
 
     def beside(self, passage: Passage, most: int) -> tuple[str, str]:
         """The whole sentences of its paragraph before and after a passage that make up `most` characters with it, as many
         after it as before it, as far as there are some."""
-        text = dict(self.around(passage.book, passage.paragraph)[1])[passage.paragraph]
+        text = self._line(passage)
         start, end = passage.start, passage.start + len(passage.text)
         first, last = start, end
         cut = sentences(text)
@@ -260,7 +289,7 @@ class Library:
 
     def joined(self, one: Passage, other: Passage) -> Passage:
         """Two passages of a paragraph and what is between them as one."""
-        text = dict(self.around(one.book, one.paragraph)[1])[one.paragraph]
+        text = self._line(one)
         start = min(one.start, other.start)
         end = max(one.start + len(one.text), other.start + len(other.text))
         return replace(one, start=start, text=text[start:end])

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from miniglm.lookup.text import Grams, Plain, flat_grams, neighbours, places_in, ranges
+from miniglm.lookup.text import Grams, Occurrences, Plain, firsts, neighbours, places_in, ranges
 
 K1, B = 1.5, 0.75
 LONGEST = 65_536
@@ -70,7 +70,7 @@ class Writer:
         numbers = np.arange(self.size, self.size + len(starts), dtype=np.uint64)
         owners = np.concatenate([np.repeat(numbers, lengths), np.repeat(numbers, several)])
         keys = np.sort(found.astype(np.uint64) << 32 | owners)
-        first = np.flatnonzero(np.concatenate([keys[:1] == keys[:1], keys[1:] != keys[:-1]]))
+        first = firsts(keys)
         times = np.minimum(np.diff(first, append=len(keys)), _MOST)
         keys = keys[first]
         postings = (keys.astype(np.uint32) << _TIMES) | times.astype(np.uint32)
@@ -204,12 +204,8 @@ class Bm25:
             return np.zeros(len(numbers), dtype=np.float32)
         texts = self._texts(numbers)
         sizes = np.array([len(text) for text in texts])
-        every, owners = flat_grams(texts)
-        known, places = places_in(query.names, every)
-        table = np.bincount(
-            owners[known] * len(query.names) + places[known], minlength=len(texts) * len(query.names)
-        ).reshape(len(texts), -1)
-        times = np.minimum(table, _MOST).astype(np.float32)
+        found = Occurrences(query.names.astype(np.uint64), texts).times()
+        times = np.minimum(found, _MOST).astype(np.float32)
         lengths = sizes + np.maximum(sizes - 1, 0)
         scores: Floats = _saturated(times, lengths[:, None], self._mean) @ query.weights
         return scores
@@ -231,13 +227,13 @@ def _saturated(times: Floats, lengths: NDArray[np.integer], mean: float) -> Floa
 
 def _summed(numbers: NDArray[np.int64], parts: Floats) -> tuple[NDArray[np.int64], Floats]:
     """Each number once, rising, and the sum of its parts."""
-    keys = np.sort(numbers.astype(np.uint64) << 32 | np.arange(len(numbers), dtype=np.uint64))
+    if not len(numbers):
+        return numbers, parts
+    # Sorted with the bits of their parts behind them, which saves a gather.
+    keys = np.sort(numbers.astype(np.uint64) << 32 | parts.view(np.uint32))
     owners = (keys >> 32).astype(np.int64)
-    first = np.flatnonzero(np.concatenate([owners[:1] == owners[:1], owners[1:] != owners[:-1]]))
-    if not len(first):
-        return owners, parts
-    ordered = parts[(keys & 0xFFFFFFFF).astype(np.int64)]
-    return owners[first], np.add.reduceat(ordered, first)
+    first = firsts(owners)
+    return owners[first], np.add.reduceat(keys.astype(np.uint32).view(np.float32), first)
 
 
 def best(numbers: NDArray[np.int64], scores: Floats, count: int) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -154,15 +154,6 @@ def neighbours(text: Plain) -> Grams:
     return np.asarray((units[:-1] + 1 << 16) | units[1:], dtype=np.uint32)
 
 
-def flat_grams(texts: Sequence[Plain]) -> tuple[Grams, NDArray[np.int64]]:
-    """`grams` of several texts in one, all characters before all pairs, and which text each is of."""
-    text, owners = np.concatenate(texts), np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-    inside = owners[1:] == owners[:-1]
-    return np.concatenate([text.astype(np.uint32), neighbours(text)[inside]]), np.concatenate(
-        [owners, owners[1:][inside]]
-    )
-
-
 def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """The numbers start, start + 1, … of each range, `lengths` of them, one range after another."""
     before = np.cumsum(lengths) - lengths
@@ -180,22 +171,71 @@ def places_in(names: NDArray[np.integer], found: NDArray[np.integer]) -> tuple[N
 Numbers = TypeVar("Numbers", bound=np.generic)
 
 
+def firsts(rising: NDArray[Any]) -> NDArray[np.int64]:
+    """Where each number of them, which rise, comes first."""
+    return np.flatnonzero(np.concatenate([rising[:1] == rising[:1], rising[1:] != rising[:-1]]))
+
+
 def distinct(found: NDArray[Numbers]) -> NDArray[Numbers]:
     """The distinct ones, rising: `np.unique`, which takes three times as long for a few hundred numbers."""
     rising = np.sort(found)
-    kept: NDArray[Numbers] = rising[np.concatenate([rising[:1] == rising[:1], rising[1:] != rising[:-1]])]
+    kept: NDArray[Numbers] = rising[firsts(rising)]
     return kept
 
 
-def pairs(found: Grams) -> NDArray[np.bool_]:
-    """Which of them are pairs."""
+def pairs(found: NDArray[np.unsignedinteger]) -> NDArray[np.bool_]:
+    """Which of them are pairs, or triples."""
     return found >= 1 << 16
 
 
-def triples(text: Plain) -> NDArray[np.uint64]:
+Runs = NDArray[np.uint64]
+"""Characters, pairs and triples of neighbouring characters by number: a triple's is 2 to the 32nd or more."""
+
+
+def triples(text: Plain) -> Runs:
     """The runs of three characters, by number, with repetitions."""
     units = text.astype(np.uint64)
-    return np.asarray(units[:-2] << 32 | units[1:-1] << 16 | units[2:], dtype=np.uint64)
+    return np.asarray((units[:-2] + 1 << 32) | units[1:-1] << 16 | units[2:], dtype=np.uint64)
+
+
+class Occurrences:
+    """Where some characters, pairs and triples stand in some texts.
+
+    Args:
+        wanted: their numbers, rising; with a pair and a triple also the characters that it is of.
+    """
+
+    def __init__(self, wanted: Runs, texts: Sequence[Plain]) -> None:
+        self._shape = len(texts), len(wanted)
+        sizes = np.array([len(text) for text in texts], dtype=np.int64)
+        text, owners = np.concatenate(texts), np.repeat(np.arange(len(texts)), sizes)
+        characters = np.zeros(1 << 16, dtype=bool)
+        characters[wanted[wanted < 1 << 16]] = True
+        # Only few of a text's characters are wanted: what is longer is looked for among these.
+        at = np.flatnonzero(characters[text])
+        units, owners = text[at].astype(np.uint64), owners[at]
+        two = np.flatnonzero((at[1:] - at[:-1] == 1) & (owners[1:] == owners[:-1]))
+        three = two[:-1][two[1:] - two[:-1] == 1]
+        keys = (
+            units,
+            (units[two] + 1 << 16) | units[two + 1],
+            (units[three] + 1 << 32) | units[three + 1] << 16 | units[three + 2],
+        )
+        known, places = places_in(wanted, np.concatenate(keys))
+        first = np.concatenate([np.arange(len(at)), two, three])[known]
+        self._owners, self._places = owners[first], places[known]
+        self._starts = at[first] - (np.cumsum(sizes) - sizes)[self._owners]
+        self._ends = self._starts + np.repeat([1, 2, 3], [len(some) for some in keys])[known]
+
+    def times(self, within: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
+        """(texts, wanted) how often each text has each; between two places of each text, (texts, 2), if these are given."""
+        owners, places = self._owners, self._places
+        if within is not None:
+            first, last = within[owners].T
+            inside = (self._starts >= first) & (self._ends <= last)
+            owners, places = owners[inside], places[inside]
+        texts, wanted = self._shape
+        return np.bincount(owners * wanted + places, minlength=texts * wanted).reshape(self._shape)
 
 
 def kinds(question: str) -> NDArray[np.float32]:

@@ -106,13 +106,12 @@ class Nearest:
         nearest, until `SCANNED` vectors were looked at."""
         if not len(self._sizes):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-        chosen = self._chosen(vector)
-        owners, starts, sizes = self._owner[chosen], self._starts[chosen], self._sizes[chosen]
-        scores = [
-            half_products(self._parts[owner].stored[start : start + size], vector)
+        owners, starts, sizes = self._chosen(vector)
+        looked_at = [
+            self._parts[owner].stored[start : start + size]
             for owner, start, size in zip(owners.tolist(), starts.tolist(), sizes.tolist(), strict=True)
         ]
-        flat = np.concatenate(scores)
+        flat = half_products(looked_at, vector)
         # Rounded sums choose twice as many as are wanted, full ones choose among these.
         best = (
             np.sort(np.argpartition(-flat, 2 * count)[: 2 * count]) if len(flat) > 2 * count else np.arange(len(flat))
@@ -126,10 +125,13 @@ class Nearest:
         order = np.lexsort((numbers, -cosines))[:count]
         return numbers[order], cosines[order]
 
-    def _chosen(self, vector: Floats) -> NDArray[np.int64]:
-        """The lists to look at."""
-        if self._sizes.sum() <= SCANNED:
-            return np.arange(len(self._sizes))
-        near = np.concatenate([part.centres @ vector for part in self._parts])
-        order = np.argsort(-near, kind="stable")
-        return np.sort(order[: 1 + int(np.searchsorted(np.cumsum(self._sizes[order]), SCANNED))])
+    def _chosen(self, vector: Floats) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The vectors to look at: owner, start and size of the lists' runs, of which neighbouring ones become one."""
+        chosen = np.arange(len(self._sizes))
+        if self._sizes.sum() > SCANNED:
+            near = np.concatenate([part.centres @ vector for part in self._parts])
+            order = np.argsort(-near, kind="stable")
+            chosen = np.sort(order[: 1 + int(np.searchsorted(np.cumsum(self._sizes[order]), SCANNED))])
+        owners = self._owner[chosen]
+        first = np.flatnonzero((np.diff(chosen, prepend=-2) > 1) | (np.diff(owners, prepend=-1) > 0))
+        return owners[first], self._starts[chosen[first]], np.add.reduceat(self._sizes[chosen], first)
