@@ -56,7 +56,7 @@ BOOK = _book("山中记", STORY)
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("index")
-    build_index(BOOK, EXAMPLES, [], folder, seconds=1.0, seed=1)
+    build_index(BOOK, EXAMPLES, [], folder, seconds=600, seed=1)
     return folder
 
 
@@ -75,7 +75,7 @@ def sanguo(told: list[list[Example]], tmp_path_factory: pytest.TempPathFactory) 
     story = [(f"第{fact[0].extra['chapter']}回 测试", str(fact[0].extra["evidence"]) + "。") for fact in told]
     folder = tmp_path_factory.mktemp("sanguo")
     taught = [example for fact in told[:160] for example in fact[:-1]]
-    build_index(_book("三国", story), taught, [], folder, seconds=4.0, seed=1)
+    build_index(_book("三国", story), taught, [], folder, seconds=600, seed=1)
     return folder
 
 
@@ -148,7 +148,7 @@ def test_a_paragraph_is_found_with_its_neighbours(index: Path) -> None:
 
 
 def test_book_without_questions_is_quoted(tmp_path: Path) -> None:
-    build_index(BOOK, [], [], tmp_path, seconds=1.0, seed=1)
+    build_index(BOOK, [], [], tmp_path, seconds=600, seed=1)
     answer = Answerer(tmp_path).answer("柳老大有三个女儿，小女儿会唱什么歌？")
     assert answer.kind == "quote" and answer.citations[0].text == answer.text
 

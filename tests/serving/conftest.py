@@ -61,7 +61,7 @@ def book(tmp_path_factory: pytest.TempPathFactory) -> BookService:
         (Turn("古庙里住着谁？", "住着老僧慧远。"),), keys=(("慧远",),), extra={"evidence": "庙里住着老僧慧远"}
     )
     folder = tmp_path_factory.mktemp("book")
-    build_index(story, [taught], [], folder, seconds=1.0, seed=1)
+    build_index(story, [taught], [], folder, seconds=600, seed=1)
     return BookService(Answerer(folder))
 
 
