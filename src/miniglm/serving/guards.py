@@ -275,7 +275,8 @@ class Body:
             if whole:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), deadline - loop.time())
+                async with asyncio.timeout_at(deadline):  # `wait_for` would run it as a task of its own
+                    message = await receive()
             except TimeoutError:
                 found = f"请求体 {self.limits.header_seconds:g} 秒还没有到齐（上限 header_seconds）"
                 raise ApiError(408, found, code="timeout", headers={"Connection": "close"}) from None
