@@ -39,7 +39,7 @@ def fit_prompt(tokenizer: Tokenizer, messages: Sequence[Message], context: int, 
     limit = max(context - room, context // 2)
     # A long history costs one encoding of what may fit, not one for every turn that is dropped. Other templates put
     # less around a turn than is counted here, so that three times the context is certainly too much.
-    length, first = 0, len(turns)
+    length, first = 0, len(turns) if len(turns) > 1 else 0
     while first > 0 and length <= 3 * context:
         first -= 1
         length += 1 + len(tokenizer.encode("\n" + turns[first]["content"]))

@@ -460,20 +460,24 @@ async def _respond(
     deadline = _Deadline(answers, limits.request_seconds)
     arrived: float = request.state.arrived
 
-    def first_text() -> None:
-        metrics.first_text(time.monotonic() - arrived)
+    waiting = True
+
+    def heard(delta: Delta) -> None:
+        nonlocal waiting
+        if waiting and delta.text:
+            waiting = False
+            metrics.first_text(time.monotonic() - arrived)
 
     if body.stream:
         usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return _EventStream(_events(form, answers, body.n or 1, usage, deadline, first_text), answers, deadline)
+        return _EventStream(_events(form, answers, body.n or 1, usage, deadline, heard), answers, deadline)
     watch = asyncio.create_task(_cancel_when_gone(request.receive, answers))
     try:
         choices = []
         for index, answer in enumerate(answers):
             parts: list[Delta] = []
             async for part in answer:
-                if not index and not parts:
-                    first_text()
+                heard(part)
                 parts.append(part)
             if answer.finish_reason not in FINISHED:
                 raise deadline.error()
@@ -570,17 +574,15 @@ async def _events(
     choices: int,
     include_usage: bool,
     deadline: _Deadline,
-    first_text: Callable[[], None],
+    heard: Callable[[Delta], None],
 ) -> AsyncIterator[tuple[bytes, bool]]:
     """What is sent at a time, and whether more comes. A piece costs as much as a small model's token, however long it
     is, so what is there together goes together."""
     chunks = _Chunks(form, len(answers), {"usage": None} if include_usage else {})
-    events, waiting, left = chunks.first(), True, len(answers)
+    events, left = chunks.first(), len(answers)
     try:
         async for index, delta in _merged(answers):
-            if waiting:
-                first_text()
-                waiting = False
+            heard(delta)
             events += chunks.delta(index, delta)
             if delta.finish_reason not in (None, *FINISHED):
                 raise deadline.error()

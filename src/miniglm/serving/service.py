@@ -243,9 +243,10 @@ class Answer:
                     text += self._rest()
                 if text or self.finish_reason is not None:
                     yield self._due(text)
-                if self.finish_reason is not None:
+                if self._scanner.found:
                     return
-            yield self._due(self._rest())
+            if self.finish_reason is None:  # the end came alone
+                yield self._due(self._rest())
         except Exception as error:  # whatever made the engine fail: its traceback goes along as the cause
             raise ServiceError("生成时出错，详情见服务端的输出") from error
         finally:
