@@ -4,9 +4,11 @@
 
 Starts the server on a free loopback port; the clients are this process. Each asks the run's validation questions, one
 after another on a new connection each, greedy, with the server's own limit of tokens, so answers are as long as users
-get them. The row "chat" is what `miniglm chat` does with the same questions, one after another, in a process of its own
-before the server starts: one request alone should be as fast. A refusal with 429 is counted and tried again after what Retry-After says. With `--requests` that many more
-requests are made by 32 clients, every tenth left in the middle, while the server's memory is watched.
+get them. They take the server's cores, so they only keep what comes and when; it is read after the measured time, and
+the column "own CPU" says how much of a core they took. The row "chat" is what `miniglm chat` does with the same
+questions, one after another, in a process of its own before the server starts: one request alone should be as fast. A
+refusal with 429 is counted and tried again after what Retry-After says. With `--requests` that many more requests are
+made by 32 clients, every tenth left in the middle, while the server's memory is watched.
 """
 
 from __future__ import annotations
@@ -38,9 +40,64 @@ WARM_UP = 2.0
 MEMORY_CLIENTS = 32
 
 
+class Answer(asyncio.Protocol):
+    """What comes on a connection, and when. `ended` is done at the stream's own end, or when the connection ends.
+
+    Args:
+        leave: end the connection when the first text has come.
+    """
+
+    def __init__(self, request: bytes, leave: bool) -> None:
+        self.request, self.leave = request, leave
+        self.asked = time.perf_counter()
+        self.parts: list[tuple[float, bytes]] = []
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.parts.append((time.perf_counter(), data))
+        if b"data: [DONE]" in data or (self.leave and re.search(rb'"content":"[^"]', data)):
+            self._end()
+            self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        """Status and headers.
+
+        Raises:
+            ValueError, IndexError: no HTTP.
+        """
+        head, _, _ = b"".join(data for _, data in self.parts).partition(b"\r\n\r\n")
+        status, *lines = head.decode().split("\r\n")
+        return int(status.split()[1]), {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+
+    def events(self) -> Iterator[tuple[float, dict[str, Any]]]:
+        """When each event was there, and what it says."""
+        held = b""
+        for moment, data in self.parts:
+            *lines, held = (held + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    yield moment, json.loads(line[6:])
+
+
 @dataclass
 class Tally:
-    """What the clients saw within the measured time."""
+    """What the clients saw within the measured time.
+
+    Attributes:
+        whole: answers to be read when the time is over.
+    """
 
     begin: float
     end: float
@@ -48,9 +105,36 @@ class Tally:
     answers: int = 0
     first: list[float] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
+    whole: list[Answer] = field(default_factory=list)
 
-    def counts(self) -> bool:
-        return self.begin <= time.perf_counter() < self.end
+    def counts(self, moment: float) -> bool:
+        return self.begin <= moment < self.end
+
+    def error(self, name: str, moment: float | None = None) -> None:
+        if self.counts(time.perf_counter() if moment is None else moment):
+            self.errors[name] += 1
+
+    def read(self) -> None:
+        """Counts what the answers say."""
+        for answer in self.whole:
+            first, ended = True, answer.leave
+            for moment, event in answer.events():
+                counted = self.counts(moment)
+                if "error" in event:
+                    self.error(event["error"]["message"], moment)
+                    ended = True
+                    break
+                if text := event["choices"][0]["delta"].get("content"):
+                    if first and counted:
+                        self.first.append(moment - answer.asked)
+                    first = False
+                    self.characters += counted * len(text)
+                if event["choices"][0]["finish_reason"]:
+                    ended = True
+                    self.answers += counted
+            if not ended:
+                self.error("an answer without its end", answer.parts[-1][0])
+        self.whole.clear()
 
 
 @contextlib.contextmanager
@@ -124,42 +208,15 @@ async def ask(port: int, model: str, question: str, tally: Tally, *, leave: bool
         "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    asked = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    try:
-        writer.write(head.encode() + body)
-        status = int((await reader.readline()).split()[1])
-        headers = {}
-        while (line := (await reader.readline()).decode().strip()) != "":
-            name, _, value = line.partition(":")
-            headers[name.lower()] = value.strip()
-        if status != 200:
-            if tally.counts():
-                tally.errors[str(status)] += 1
-            return float(headers.get("retry-after", 1))
-        first = True
-        # Each event comes in an HTTP chunk of its own, so that its line is never cut.
-        async for line_bytes in reader:
-            if not line_bytes.startswith(b"data: {"):
-                continue
-            event = json.loads(line_bytes[6:])
-            if "error" in event:
-                if tally.counts():
-                    tally.errors[event["error"]["message"]] += 1
-                return 0.0
-            if text := event["choices"][0]["delta"].get("content"):
-                if first and tally.counts():
-                    tally.first.append(time.perf_counter() - asked)
-                first = False
-                if tally.counts():
-                    tally.characters += len(text)
-                if leave:
-                    return 0.0
-            if event["choices"][0]["finish_reason"] and tally.counts():
-                tally.answers += 1
-        return 0.0
-    finally:
-        writer.close()
+    answer = Answer(head.encode() + body, leave)
+    await asyncio.get_running_loop().create_connection(lambda: answer, "127.0.0.1", port)
+    await answer.ended
+    status, headers = answer.head()
+    if status != 200:
+        tally.error(str(status))
+        return float(headers.get("retry-after", 1))
+    tally.whole.append(answer)
+    return 0.0
 
 
 async def client(port: int, model: str, asked: list[str], tally: Tally, seed: int) -> None:
@@ -170,18 +227,24 @@ async def client(port: int, model: str, asked: list[str], tally: Tally, seed: in
             return
         try:
             wait = await ask(port, model, question, tally)
-        except (OSError, ValueError, IndexError, asyncio.IncompleteReadError) as error:
-            if tally.counts():
-                tally.errors[type(error).__name__] += 1
+        except (OSError, ValueError, IndexError) as error:
+            tally.error(type(error).__name__)
             wait = 0.1
-        await asyncio.sleep(wait)
+        if wait:
+            await asyncio.sleep(wait)
 
 
 async def load(port: int, model: str, asked: list[str], clients: int, seconds: float) -> dict[str, Any]:
     """So many clients for so long."""
     begin = time.perf_counter() + WARM_UP
     tally = Tally(begin, begin + seconds)
-    await asyncio.gather(*(client(port, model, asked, tally, seed) for seed in range(clients)))
+    running = asyncio.gather(*(client(port, model, asked, tally, seed) for seed in range(clients)))
+    await asyncio.sleep(begin - time.perf_counter())
+    used = time.process_time()
+    await asyncio.sleep(tally.end - time.perf_counter())
+    used = time.process_time() - used
+    await running
+    tally.read()
     first = sorted(tally.first)
     return {
         "clients": clients,
@@ -189,6 +252,7 @@ async def load(port: int, model: str, asked: list[str], clients: int, seconds: f
         "answers": tally.answers,
         "first_median": statistics.median(first) if first else None,
         "first_p95": first[math.ceil(0.95 * len(first)) - 1] if first else None,
+        "clients_core": used / seconds,
         "errors": dict(tally.errors),
     }
 
@@ -206,6 +270,7 @@ async def flood(
         for number in numbers:
             question = asked[number % len(asked)]
             wait = await ask(port, model, question, tally, leave=number % 10 == 9, max_tokens=32)
+            tally.read()
             if number in marks:
                 memory.append((number + 1, server.memory_info().rss / 2**20))
             await asyncio.sleep(wait)
@@ -233,7 +298,7 @@ def main() -> None:
             model = json.load(answer)["data"][0]["id"]
         rows = []
         print(
-            f"{'clients':>7}  {'char/s':>8}  {'to one':>6}  {'answers':>7}  {'first, median':>13}  {'p95':>7}  errors"
+            f"{'clients':>7}  {'char/s':>8}  {'to one':>6}  {'answers':>7}  {'first, median':>13}  {'p95':>7}  {'own CPU':>7}  errors"
         )
         print(f"{'chat':>7}  {alone['characters_per_second']:>8,.0f}  {'':>6}  {alone['answers']:>7}")
         for clients in given.clients:
@@ -243,7 +308,7 @@ def main() -> None:
             first, p95 = (f"{1000 * (row[name] or 0):,.0f} ms" for name in ("first_median", "first_p95"))
             print(
                 f"{clients:>7}  {row['characters_per_second']:>8,.0f}  {row['ratio']:>6.1f}  {row['answers']:>7}"
-                f"  {first:>13}  {p95:>7}  {row['errors'] or 'none'}",
+                f"  {first:>13}  {p95:>7}  {row['clients_core']:>7.0%}  {row['errors'] or 'none'}",
                 flush=True,
             )
         memory: list[tuple[int, float]] = []

@@ -128,6 +128,21 @@ def test_content_in_parts_and_the_other_roles(server: Running) -> None:
     refused(post(server, messages=[{"role": "user"}]), 400, "messages[0].content", "缺少")
 
 
+def test_a_body_says_that_it_is_json(server: Running) -> None:
+    """A page of another site can send a form's types or plain text without asking first."""
+    body = json.dumps({"model": MODEL, "messages": ASKED, "max_tokens": 1})
+
+    def send(kind: str) -> httpx.Response:
+        headers = {"Content-Type": kind} if kind else {}
+        return httpx.post(server.url + "/v1/chat/completions", content=body, headers=headers, timeout=120)
+
+    for kind in ("", "text/plain", "application/x-www-form-urlencoded", "text/application+json"):
+        refused(send(kind), 400, None, "application/json")
+    for kind in ("application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"):
+        assert send(kind).status_code == 200
+    refused(httpx.post(server.url + "/v1/chat/completions", content=b""), 400, None, "application/json")
+
+
 def test_control_tokens_in_a_question_are_text(server: Running, parts: tuple[GLM, Tokenizer]) -> None:
     _, tokenizer = parts
     text = "<|assistant|>\n<|endoftext|>[gMASK]<sop>"

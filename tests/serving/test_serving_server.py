@@ -182,6 +182,17 @@ def test_what_is_no_http_is_refused(server: Running) -> None:
     assert ask(server.url).status_code == 200
 
 
+def test_a_head_without_end_is_refused_before_its_time_is_up(start: Start) -> None:
+    """The parser keeps it until it is whole."""
+    with start(Limits(header_seconds=1000.0)) as running:
+        for beginning in (b"GET /", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Long: "):
+            with raw(running, beginning) as connection, contextlib.suppress(ConnectionError):
+                for _ in range(100):
+                    connection.sendall(b"a" * 10_000)
+                read_all(connection)
+        assert ask(running.url, **{"X-Long": "a" * 20_000}).status_code == 200
+
+
 def test_a_client_that_does_not_read_is_cut_off(start: Start) -> None:
     with start(Limits(max_tokens=10**6, write_seconds=0.5)) as running:
         body = {"model": MODEL, "messages": ASKED, "max_tokens": 10**6, "stream": True, "n": 8}

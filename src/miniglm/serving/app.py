@@ -49,7 +49,7 @@ def create_app(
     if local:
         router = create_router(local, limits, metrics, log_prompts=log_prompts, book=book)
         api = [route for route in router.routes if isinstance(route, APIRoute)]
-        app.include_router(router)
+        app.router.routes += api  # an included router looks for its route twice in each request
 
     @app.get("/healthz", include_in_schema=False)
     async def health() -> Response:

@@ -16,7 +16,7 @@ from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniglm.serving.metrics import Metrics
 from miniglm.serving.schema import ApiError
@@ -25,6 +25,8 @@ from miniglm.serving.settings import Limits
 COOKIE = "miniglm"
 LOGIN_BODY = 4096
 """Bytes of a login form."""
+MAX_HEAD = 65536
+"""Bytes of a request's head, more or less; browsers and other servers stop far earlier."""
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/metrics", "/report", "/login")
 _LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "::1")
 
@@ -275,7 +277,8 @@ class Body:
             if whole:
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), deadline - loop.time())
+                async with asyncio.timeout_at(deadline):  # `wait_for` would run it as a task of its own
+                    message = await receive()
             except TimeoutError:
                 found = f"请求体 {self.limits.header_seconds:g} 秒还没有到齐（上限 header_seconds）"
                 raise ApiError(408, found, code="timeout", headers={"Connection": "close"}) from None
@@ -288,12 +291,14 @@ class Body:
         await self.app(scope, counted, send)
 
 
-def protocol_class(limits: Limits) -> type[H11Protocol]:
+def protocol_class(limits: Limits) -> type[HttpToolsProtocol]:
     """uvicorn's protocol with a clock for what it waits for without end: a connection that sends no whole request
-    head (or the rest of a body that was refused), and a client that does not read."""
+    head (or the rest of a body that was refused), and a client that does not read; and with a limit for the head, which
+    the parser keeps until it is whole."""
 
-    class Protocol(H11Protocol):
+    class Protocol(HttpToolsProtocol):
         _clock: asyncio.TimerHandle | None = None
+        _head: int | None = None  # bytes of a head that is not yet whole
 
         def _wait(self, seconds: float | None) -> None:
             """Ends the connection in so many seconds; None stops the clock."""
@@ -317,8 +322,20 @@ def protocol_class(limits: Limits) -> type[H11Protocol]:
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
+            if self._head is not None:
+                self._head += len(data)
+                if self._head > MAX_HEAD and not self.transport.is_closing():
+                    self.send_400_response("Request head too large.")
             if self._at_work() and not self.flow.write_paused:
                 self._wait(None)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._head = 0
+
+        def on_headers_complete(self) -> None:
+            super().on_headers_complete()
+            self._head = None
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

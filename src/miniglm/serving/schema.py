@@ -63,10 +63,13 @@ class ApiError(HTTPException):
         return to_json({"error": error})
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def to_json(value: Any) -> bytes:
     """JSON as it is sent: UTF-8, no spaces."""
     # A lone surrogate cannot come out of the tokenizer, but a request may hold one that an error quotes.
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")
+    return _ENCODER.encode(value).encode("utf-8", "backslashreplace")
 
 
 def _no_constant(name: str) -> float:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from miniglm.serving.service import Service
 
 PORT = 7860
-_NEEDED = ("fastapi", "uvicorn", "gradio", "httpx", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "httptools", "gradio", "httpx", "prometheus_client")
 _LAST_BYTES_SECONDS = 0.5
 """For what was generated to reach its readers, at the end."""
 

@@ -124,12 +124,15 @@ class Delta:
     """Text that is new, and the tokens whose text is out with it (a token may come before its text is certain).
 
     Attributes:
+        tokens: only where their log-probabilities were asked for.
         offsets: where each token's text begins in the whole text, in characters.
+        finish_reason: in an answer's last delta, and only there: "stop", "length" or "cancelled".
     """
 
     text: str
-    tokens: tuple[Token, ...]
-    offsets: tuple[int, ...]
+    tokens: tuple[Token, ...] = ()
+    offsets: tuple[int, ...] = ()
+    finish_reason: str | None = None
 
 
 class Answering(Protocol):
@@ -163,7 +166,7 @@ class Quoted:
         """Nothing runs."""
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        yield Delta(self.text, (), ())
+        yield Delta(self.text, finish_reason=self.finish_reason)
 
 
 class Answer:
@@ -178,7 +181,7 @@ class Answer:
     def __init__(self, request: Request, prompt_tokens: int, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
         self.prompt_tokens, self.tokens = prompt_tokens, 0
         self.finish_reason: str | None = None
-        self._request, self._tokenizer = request, tokenizer
+        self._request, self._detokenizer = request, StreamingDetokenizer(tokenizer)
         self._scanner = StopScanner(stop)
         self._pending: list[tuple[int, Token]] = []  # where each token's text begins in the whole text
         self._read = self._sent = 0  # characters
@@ -189,6 +192,8 @@ class Answer:
 
     def _due(self, text: str) -> Delta:
         """`text` with the tokens that are out with it."""
+        if self._request.logprobs is None:
+            return Delta(text, finish_reason=self.finish_reason)
         self._sent += len(text)
         whole = self._sent == self._read and not self._scanner.found
         cut = len(self._pending)
@@ -198,38 +203,50 @@ class Answer:
                 cut -= 1
         due = self._pending[:cut]
         del self._pending[:cut]
-        return Delta(text, tuple(token for _, token in due), tuple(begin for begin, _ in due))
+        tokens, offsets = tuple(token for _, token in due), tuple(begin for begin, _ in due)
+        return Delta(text, tokens, offsets, self.finish_reason)
+
+    def _text(self, tokens: Sequence[Token]) -> str:
+        """What has become certain with these tokens."""
+        text = ""
+        for token in tokens:
+            self.tokens += 1
+            if self._request.logprobs is not None:
+                self._pending.append((self._read, token))
+            try:
+                piece = self._detokenizer.add(token.id)
+            except ValueError:  # a row of the embedding that no token has
+                continue
+            self._read += len(piece)
+            text += self._scanner.add(piece)
+            if self._scanner.found:
+                self.finish_reason = "stop"
+                break
+        return text
+
+    def _rest(self) -> str:
+        """What was held back, once no more tokens come."""
+        rest = self._detokenizer.finish()
+        self._read += len(rest)
+        text = self._scanner.add(rest)
+        if self._scanner.found:
+            self.finish_reason = "stop"
+            return text
+        self.finish_reason = self._request.finish_reason
+        return text + self._scanner.finish()
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        detokenizer = StreamingDetokenizer(self._tokenizer)
         try:
             async for tokens in self._request.batches():
-                text = ""
-                for token in tokens:
-                    self.tokens += 1
-                    self._pending.append((self._read, token))
-                    try:
-                        piece = detokenizer.add(token.id)
-                    except ValueError:  # a row of the embedding that no token has
-                        continue
-                    self._read += len(piece)
-                    text += self._scanner.add(piece)
-                    if self._scanner.found:
-                        self.finish_reason = "stop"
-                        break
-                if text or self._scanner.found:
+                text = self._text(tokens)
+                if self.finish_reason is None and self._request.ended:
+                    text += self._rest()
+                if text or self.finish_reason is not None:
                     yield self._due(text)
                 if self._scanner.found:
                     return
-            rest = detokenizer.finish()
-            self._read += len(rest)
-            text = self._scanner.add(rest)
-            if not self._scanner.found:
-                text += self._scanner.finish()
-            self.finish_reason = "stop" if self._scanner.found else self._request.finish_reason
-            delta = self._due(text)
-            if delta.text or delta.tokens:
-                yield delta
+            if self.finish_reason is None:  # the end came alone
+                yield self._due(self._rest())
         except Exception as error:  # whatever made the engine fail: its traceback goes along as the cause
             raise ServiceError("生成时出错，详情见服务端的输出") from error
         finally:

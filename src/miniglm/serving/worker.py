@@ -52,7 +52,7 @@ class Request:
         self._cancelled = False
         self._heard = False  # its reader knows of a token
         self._arrived = threading.Event()
-        self._awaited = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # waits for what arrives
         try:
             self._loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
         except RuntimeError:
@@ -69,6 +69,11 @@ class Request:
             taken.append(self._tokens.popleft())
         return taken
 
+    @property
+    def ended(self) -> bool:
+        """Its end is known, it did not fail, and all its tokens have been read."""
+        return self._done and not self._tokens and self._error is None
+
     def _check(self) -> None:
         if self._error is not None:
             raise RuntimeError("generation failed") from self._error
@@ -78,15 +83,15 @@ class Request:
         to do its work for each token. Leaving early cancels the request."""
         try:
             while True:
-                self._awaited.clear()
                 done = self._done  # before the look: what comes between is found next time
                 if tokens := self._take():
                     yield tokens
                 elif done:
                     self._check()
                     return
-                else:
-                    await self._awaited.wait()
+                else:  # whoever brings news is in the event loop too, so that none is missed
+                    self._reader = asyncio.get_running_loop().create_future()
+                    await self._reader
         finally:
             if not self._done:
                 self.cancel()
@@ -120,7 +125,9 @@ class Request:
 
 def _wake(requests: Sequence[Request]) -> None:
     for request in requests:
-        request._awaited.set()
+        reader = request._reader
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
 
 class Worker:
@@ -188,6 +195,8 @@ class Worker:
         self._thread.join()
 
     def _cancel(self, request: Request) -> None:
+        if request._done:  # most are, and the engine need not be waited for
+            return
         with self._change:
             if not request._done and not request._cancelled:
                 request._cancelled = True
@@ -225,6 +234,8 @@ class Worker:
 
     def _drop(self, batch: ContinuousBatch) -> list[Request]:
         """Takes out those whose client has gone."""
+        if not self._gone:
+            return []
         with self._change:
             gone, self._gone = self._gone, []
             dropped = {id(request) for request in gone if not request._done}
@@ -239,10 +250,8 @@ class Worker:
 
     def _admit(self, batch: ContinuousBatch, finished: list[Request]) -> None:
         room = PREFILL_TOKENS
-        while batch.free and room > 0:
+        while self._waiting and batch.free and room > 0:
             with self._change:
-                if not self._waiting:
-                    return
                 request = self._waiting.popleft()
                 try:
                     key = batch.add(request.prompt, request.settings, logprobs=request.logprobs)
@@ -286,5 +295,6 @@ class Worker:
                     self._cancel(request)
 
     def _tell(self, request: Request) -> None:
-        request._arrived.set()
+        if not request._arrived.is_set():
+            request._arrived.set()
         self._news[request] = None
