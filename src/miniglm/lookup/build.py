@@ -26,7 +26,7 @@ from miniglm.lookup.encoder import Bag, Encoder, build_vocabulary
 from miniglm.lookup.facts import Fact, Memory, facts_of, locate, without
 from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Part, build_library, parts_of
-from miniglm.lookup.look import Judge, Look, in_doubt, look, share_of, signals
+from miniglm.lookup.look import Judge, Look, in_doubt, likely, look, share_of, signals
 from miniglm.lookup.ranking import fit_logistic, fit_ranker
 from miniglm.lookup.text import passages, plain, sentences
 from miniglm.lookup.training import Batch, train_encoder
@@ -333,13 +333,19 @@ def learn(
     kept = inside(full) >= judge.threshold
     chances = share_of(prefer(full[: len(asked)]))
     both = in_doubt(chances)
-    right_as_given = np.where(both, known_right | quote_right, np.where(chances >= 0.5, known_right, quote_right))
+    told = [
+        [memory.facts[found.facts.numbers[n]].answer for n in likely(s)]
+        for found, (s, _) in zip(every, scores, strict=True)
+    ]
+    told_right = np.array([any(_answers(text, fact) for text in own) for own, fact in zip(told, asked, strict=False)])
+    right_as_given = np.where(both, told_right | quote_right, np.where(chances >= 0.5, told_right, quote_right))
     right_as_given &= kept[: len(asked)]
     measured = {
         "reworded": len(old),
         "reworded_right": float(np.mean(answered[: len(old)])),
         "reworded_right_as_given": float(right_as_given[: len(old)].mean()),
         "reworded_both": float(both[: len(old)].mean()),
+        "reworded_two_facts": float(np.mean([len(own) == 2 for own in told[: len(old)]])),
         "untaught": len(new),
         "untaught_quoted": float(np.mean(quoted[len(old) :])),
         "untaught_right_as_given": float(right_as_given[len(old) :].mean()),
