@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -13,10 +14,10 @@ from running import ROOT
 
 from miniglm.corpus import Paragraph
 from miniglm.errors import MiniGLMError
-from miniglm.lookup import NOT_FOUND, Answerer
+from miniglm.lookup import NOT_FOUND, Answerer, build
 from miniglm.lookup.answer import with_sources
 from miniglm.lookup.build import build_index, withhold
-from miniglm.lookup.encoder import Encoder
+from miniglm.lookup.encoder import DIMENSIONS, Encoder
 from miniglm.lookup.facts import facts_of, locate
 from miniglm.lookup.library import Library, build_library, parts_of
 from miniglm.lookup.look import likely
@@ -179,6 +180,17 @@ def test_book_without_questions_is_quoted(tmp_path: Path) -> None:
     build_index(BOOK, [], [], tmp_path, seconds=1.0, seed=1)
     answer = Answerer(tmp_path).answer("柳老大有三个女儿，小女儿会唱什么歌？")
     assert answer.kind == "quote" and answer.citations[0].text == answer.text
+
+
+def test_with_time_several_encoders_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    monkeypatch.setattr(build, "SEVERAL_SECONDS", 1.5)
+    build_index(BOOK, EXAMPLES, [], tmp_path, seconds=1.5, seed=1, progress=told.append)
+    assert told == sorted(told) and told[-1] == 1
+    vectors = np.split(Encoder.load(tmp_path / "encoder").vectors, build.SEVERAL, axis=1)
+    assert {part.shape[1] for part in vectors} == {DIMENSIONS}
+    assert not any(np.allclose(one, other) for one, other in itertools.pairwise(vectors))
+    assert "慧远" in Answerer(tmp_path).answer("古庙里住着的人是谁？").text
 
 
 def test_another_subject_is_refused(index: Path) -> None:
