@@ -120,6 +120,7 @@ def quality(run: Path) -> dict[str, Any]:
             continue
         given |= {f"{name} keys": found["key_accuracy"], f"{name} keys shown": found["key_shown"]}
         given |= {f"{name} evidence in 5": found["evidence_shown"], f"{name} both": found["both"]}
+        given |= {f"{name} two facts": found["two_facts"]}
         given |= {f"{name} evidence in 5, without what is around": found["evidence_quoted"]}
         given |= {f"{name} characters": found["characters"]}
         ways = [fact_orders(answerer, one) for one in looks] if name == "val" else []

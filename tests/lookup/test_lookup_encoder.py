@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from miniglm.errors import MiniGLMError
 from miniglm.lookup.encoder import SORTED, Encoder, build_vocabulary
@@ -55,6 +56,21 @@ def test_many_numbers_are_those_of_few(encoder: Encoder) -> None:
     assert len(every) > SORTED
     each = np.concatenate([encoder.vocabulary.numbers(every[n : n + 100]) for n in range(0, len(every), 100)])
     assert np.array_equal(encoder.vocabulary.numbers(every), each)
+
+
+def test_joined_ones_compare_as_the_mean_of_theirs(encoder: Encoder) -> None:
+    turned = Encoder(encoder.vocabulary, encoder.vectors[:, ::-1] * np.float32(-1))
+    other = Encoder(encoder.vocabulary, np.random.default_rng(0).normal(size=encoder.vectors.shape).astype(np.float32))
+    texts = ["玄德", "孔明云长", "曹操刘备"]
+
+    def cosines(one: Encoder) -> NDArray[np.float32]:
+        vectors = one.texts(texts)
+        found: NDArray[np.float32] = vectors @ vectors.T
+        return found
+
+    assert np.allclose(cosines(Encoder.joined([encoder, turned])), cosines(encoder), atol=1e-5)
+    assert Encoder.joined([encoder, other]).vectors.shape[1] == 2 * encoder.vectors.shape[1]
+    assert not np.allclose(cosines(Encoder.joined([encoder, other])), cosines(encoder), atol=1e-2)
 
 
 def test_read_back(encoder: Encoder, tmp_path: Path) -> None:

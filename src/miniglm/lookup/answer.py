@@ -5,6 +5,7 @@ the book has none. Knows nothing of models, chat or the command line.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from miniglm.lookup.facts import Memory
 from miniglm.lookup.fault import damaged
 from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Passage
-from miniglm.lookup.look import Judge, Look, in_doubt, look, ranked, share_of, signals
+from miniglm.lookup.look import Judge, Look, in_doubt, likely, look, ranked, share_of, signals
 
 NOT_FOUND = "书中没有找到相关内容"
 SHOWN = 5
@@ -79,9 +80,10 @@ class Answer:
     """An answer and what it rests on.
 
     Attributes:
-        statements: one, or, where it is not clear whether the fact or the passage answers, both, the likelier first.
+        statements: one, or, where it is not clear whether the fact or the passage answers, both, the likelier first;
+            and two facts where it is not clear which of them.
         citations: those of the statements first.
-        kind: "fact" (the answer of a taught fact), "quote" (the book's own words), "both", "refused" (`NOT_FOUND`).
+        kind: "fact" (the answers of taught facts), "quote" (the book's own words), "both", "refused" (`NOT_FOUND`).
         confidence: how sure it is that the text is right, or of a refusal that the book tells nothing, 0 to 1.
     """
 
@@ -106,7 +108,7 @@ def with_sources(answer: Answer) -> str:
     quotes = [f"{c.label}{c.quoted}" for c in answer.citations]
     if answer.refused:
         return answer.text + ("。最接近的段落：\n" + "\n".join(quotes[:3]) if quotes else "。")
-    if answer.kind == "fact":
+    if answer.kind == "fact" and len(answer.statements) == 1:
         return "\n".join([answer.text, *quotes[:1]])
     lines = []
     for said in answer.statements:
@@ -197,17 +199,24 @@ class Answerer:
             said.append((shown[0][0].text, shown[0][0], True))
             first.append(shown[0])
         if not said or unsure:
-            fact = self.memory.facts[int(found.facts.numbers[ranked(facts)[0]])]
-            passage = self.library.passage(fact.passage) if fact.passage >= 0 else None
+            told = likely(facts)
             place = 0 if chance >= 0.5 else len(said)
-            said.insert(place, (fact.answer, passage, False))
-            first[place:place] = [(passage, sure_fact)] if passage else []
+            for number in reversed(told):
+                fact = self.memory.facts[int(found.facts.numbers[number])]
+                passage = self.library.passage(fact.passage) if fact.passage >= 0 else None
+                said.insert(place, (fact.answer, passage, False))
+                # Of the second as much less sure as it is less likely.
+                sure = sure_fact * math.exp(float(facts[number] - facts[told[0]]))
+                first[place:place] = [(passage, sure)] if passage else []
         cited = self._cite(first, shown)
         statements = tuple(
             Statement(text, next((c for c in cited if passage and _share_text(c, passage)), None), verbatim)
             for text, passage, verbatim in said
         )
-        kind: Literal["fact", "quote", "both"] = "both" if len(said) > 1 else "quote" if said[0][2] else "fact"
+        verbatims = {verbatim for *_, verbatim in said}
+        kind: Literal["fact", "quote", "both"] = (
+            "both" if len(verbatims) == 2 else "quote" if True in verbatims else "fact"
+        )
         sure = {"fact": sure_fact, "quote": sure_quote, "both": max(sure_fact, sure_quote)}[kind]
         return Answer(statements, cited, kind, sure)
 

@@ -26,7 +26,7 @@ from miniglm.lookup.encoder import Bag, Encoder, build_vocabulary
 from miniglm.lookup.facts import Fact, Memory, facts_of, locate, without
 from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Part, build_library, parts_of
-from miniglm.lookup.look import Judge, Look, in_doubt, look, share_of, signals
+from miniglm.lookup.look import Judge, Look, in_doubt, likely, look, share_of, signals
 from miniglm.lookup.ranking import fit_logistic, fit_ranker
 from miniglm.lookup.text import passages, plain, sentences
 from miniglm.lookup.training import Batch, train_encoder
@@ -37,6 +37,9 @@ BATCH = 256
 FACT_EPOCHS, TEXT_EPOCHS, LEAST_STEPS = 60, 2, 60
 """How often the encoder sees each fact and each sentence at most, whatever time there is: more of it only learns the
 phrasings by heart. The larger of the two decides, and `LEAST_STEPS` where there is next to nothing."""
+SEVERAL, SEVERAL_SECONDS = 3, 180.0
+"""Encoders, of different seeds, that are joined into one where there are at least that many seconds, which half an hour
+of `demo` has: a little better, and three times as long to train and to compare by. docs/lookup.md has how much."""
 MOST_TEXT = 3_000_000
 """Characters of the books that the encoder learns from at most; all of them are indexed."""
 WITHHELD, UNTAUGHT = 400, 120
@@ -74,7 +77,6 @@ class Pairs:
     and its neighbours, and a sentence's half and its place."""
 
     def __init__(self, facts: Sequence[Fact], paragraphs: Sequence[Paragraph], seed: int) -> None:
-        self.random, self.numbers = random.Random(seed), np.random.default_rng(seed)
         self.facts = list(facts)
         self.texts = [p.text[start:end] for p in paragraphs for start, end in sentences(p.text)]
         self.spans = passages(paragraphs)
@@ -83,6 +85,11 @@ class Pairs:
             for start, _ in sentences(paragraph.text):
                 first[number, start] = len(first)
         self.sentence_of = [first[span.paragraph, span.start] for span in self.spans]
+        self.begin(seed)
+
+    def begin(self, seed: int) -> None:
+        """Starts over, for another encoder."""
+        self.random, self.numbers = random.Random(seed), np.random.default_rng(seed)
         self.steps = 0
         self._near: list[list[int]] = []
 
@@ -229,7 +236,8 @@ def train(
     seed: int,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Encoder:
-    """The encoder, from located facts less what is withheld, and from the books' text and `more`."""
+    """The encoder, from located facts less what is withheld, and from the books' text and `more`: one, or several joined
+    (`SEVERAL`)."""
     sample = _sample(paragraphs, seed)
     # Passages are numbered through all paragraphs; where only some are learnt from, a fact's is not among them.
     known = without(facts, withheld.questions)
@@ -241,7 +249,16 @@ def train(
     most = max(
         FACT_EPOCHS * len(pairs.facts) * 3 // (2 * BATCH), TEXT_EPOCHS * len(pairs.texts) * 3 // BATCH, LEAST_STEPS
     )
-    return train_encoder(vocabulary, pairs, seconds, seed, most_steps=most, progress=progress)
+    count = SEVERAL if seconds >= SEVERAL_SECONDS else 1
+
+    def one(number: int) -> Encoder:
+        def tell(share: float) -> None:
+            progress((number + share) / count)
+
+        pairs.begin(seed + number)
+        return train_encoder(vocabulary, pairs, seconds / count, seed + number, most_steps=most, progress=tell)
+
+    return Encoder.joined([one(number) for number in range(count)])
 
 
 def _nowhere(fact: Fact) -> Fact:
@@ -333,13 +350,19 @@ def learn(
     kept = inside(full) >= judge.threshold
     chances = share_of(prefer(full[: len(asked)]))
     both = in_doubt(chances)
-    right_as_given = np.where(both, known_right | quote_right, np.where(chances >= 0.5, known_right, quote_right))
+    told = [
+        [memory.facts[found.facts.numbers[n]].answer for n in likely(s)]
+        for found, (s, _) in zip(every, scores, strict=True)
+    ]
+    told_right = np.array([any(_answers(text, fact) for text in own) for own, fact in zip(told, asked, strict=False)])
+    right_as_given = np.where(both, told_right | quote_right, np.where(chances >= 0.5, told_right, quote_right))
     right_as_given &= kept[: len(asked)]
     measured = {
         "reworded": len(old),
         "reworded_right": float(np.mean(answered[: len(old)])),
         "reworded_right_as_given": float(right_as_given[: len(old)].mean()),
         "reworded_both": float(both[: len(old)].mean()),
+        "reworded_two_facts": float(np.mean([len(own) == 2 for own in told[: len(old)]])),
         "untaught": len(new),
         "untaught_quoted": float(np.mean(quoted[len(old) :])),
         "untaught_right_as_given": float(right_as_given[len(old) :].mean()),

@@ -142,6 +142,12 @@ class Encoder:
         """Vectors of length 1, (texts, dimensions)."""
         return self.bags([self.vocabulary.bag(plain(text)) for text in texts])
 
+    @classmethod
+    def joined(cls, encoders: Sequence[Encoder]) -> Encoder:
+        """One with the dimensions of all of them, which have one vocabulary: a cosine of its vectors is about the mean of
+        theirs, without what each learnt by chance."""
+        return cls(encoders[0].vocabulary, np.concatenate([encoder.vectors for encoder in encoders], axis=1))
+
     def save(self, folder: Path) -> None:
         """Writes encoder.safetensors into `folder`, the vectors as float16."""
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,8 @@ from miniglm.lookup.ranking import Linear
 
 Floats = NDArray[np.float32]
 DOUBT = 0.25
-"""How far from one half the chance of the fact against the passage must be for one alone to be shown. Chosen on facts
-held out from the training questions: see docs/lookup.md."""
+"""How far from one half the chance of the fact against the passage, or of the first fact against the second, must be for
+one alone to be shown. Chosen on facts held out from the training questions: see docs/lookup.md."""
 _FACT_SIGNALS = ("cos_question", "cos_answer", "cos_together", "cover_told", "cover_either", "soft_told", "dice_question",
                  "answer_in_question", "kind_nearness")  # fmt: skip
 _PASSAGE_SIGNALS = ("cos", "cos_context", "cover", "cover_context", "cover_pairs", "cover_pairs_context",
@@ -102,13 +102,22 @@ def share_of(log_odds: Floats) -> Floats:
 
 
 def in_doubt(chances: Floats) -> NDArray[np.bool_]:
-    """Where neither the fact nor the passage is so much likelier that the other need not be shown."""
+    """Where neither of two is so much likelier that the other need not be shown."""
     return np.asarray(np.abs(chances - 0.5) < DOUBT)
 
 
 def ranked(scores: Floats) -> NDArray[np.int64]:
     """Places by falling score."""
     return np.argsort(-scores, kind="stable")
+
+
+def likely(scores: Floats) -> list[int]:
+    """Places of the best candidate and, where it is not so much less likely that it need not be shown, of the next: the
+    ranker learns the log odds of one against another. None where there are no candidates."""
+    order: list[int] = ranked(scores)[:2].tolist()
+    if len(order) == 2 and not in_doubt(share_of(scores[order[0]] - scores[order[1]])):
+        order.pop()
+    return order
 
 
 def signals(found: Look, fact_scores: Floats, passage_scores: Floats) -> tuple[Floats, Floats]:
