@@ -27,7 +27,7 @@ FEW = 32
 """Below so many rows one thread does it all: there is too little to share, and where another process has the second
 core, each product waits for it (75 ms a token in place of 1.3, measured on 2 cores)."""
 
-SIZES = (16, 64, 256)
+SIZES = (8, 64, 256)
 """oneDNN makes and keeps a program for every number of rows that it meets (4 ms, 0.2 MB), so rows are filled up to a
 multiple of the first of these, from the last of them on to one of the second: a server would grow by a hundred MB."""
 

@@ -801,7 +801,7 @@ def peak_memory() -> int | None:
 SCORE_SHARE, LEAST_SCORE, MOST_SCORE = 0.12, 28.0, 240.0
 """Share of the minutes kept for scoring, loading and drawing, and the bounds of that in seconds: a model of an hour
 answers all questions in 100 s on two cores."""
-ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 540.0
+ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 240.0
 """Share of the minutes in which the look-up's encoder learns, and the bounds of that in seconds."""
 INDEX_SHARE, LEAST_INDEX, MOST_INDEX = 0.05, 20.0, 60.0
 """Share of the minutes kept for the rest of the index, its vectors and learning to choose, and the bounds of that."""
