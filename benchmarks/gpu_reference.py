@@ -1,6 +1,6 @@
 """The reference's whole job on a GPU: pretraining and finetuning steps at its sizes, with its model and with ours.
 
-    python benchmarks/gpu_reference.py --device cuda [--text FILE …] [--pretrain 20000] [--finetune 10000] [--compile]
+    python benchmarks/gpu_reference.py --device cuda [--text FILE …] [--pretrain 20000] [--finetune 10000]
 
 Both train the same texts for the same number of characters seen a step or less: its way reads windows of 256 tokens of
 GPT-2's, ours windows of 256 of a vocabulary made for the text, which are 2.7 times as many characters. What is printed
@@ -93,9 +93,7 @@ def their_way(
     }
 
 
-def our_way(
-    text: str, config: ModelConfig, stages: list[tuple[int, int]], device: torch.device, *, compiled: bool = False
-) -> dict[str, Any]:
+def our_way(text: str, config: ModelConfig, stages: list[tuple[int, int]], device: torch.device) -> dict[str, Any]:
     """Ours: a vocabulary of the text's own, Muon, the training loop's step."""
     begun = time.perf_counter()
     cut = len(text) * 9 // 10
@@ -107,7 +105,6 @@ def our_way(
     model = GLM(replace(config, vocab_size=tokenizer.vocab_size)).initialize(0).to(device)
     optimizers = optimizers_of(stage, model)
     parameters, total = list(model.parameters()), sum(steps for steps, _ in stages)
-    loss_of = torch.compile(model.loss) if compiled else model.loss
 
     def work() -> None:
         done = 0
@@ -120,7 +117,7 @@ def our_way(
                 set_learning_rate(optimizers, factor)
                 batch = batches.batch(step).to(device)
                 with autocast(device, precision):
-                    loss, targets = loss_of(batch.ids, batch.labels)
+                    loss, targets = model.loss(batch.ids, batch.labels)
                 (loss / targets).backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
                 for optimizer in optimizers:
@@ -155,7 +152,6 @@ def main() -> None:
     options.add_argument("--finetune", type=int, default=10_000, help="steps of 64 rows")
     options.add_argument("--vocab", type=int, default=8192)
     options.add_argument("--only", choices=("ours", "theirs"))
-    options.add_argument("--compile", action="store_true", help="torch.compile for ours")
     options.add_argument("--save-text", type=Path, help="keep the text that was used")
     given = options.parse_args()
     device, text = torch.device(given.device), read_text(given.text)
@@ -166,7 +162,7 @@ def main() -> None:
     product = measure_gigaflops(device, choose_precision(device))
     found: dict[str, dict[str, Any]] = {}
     if given.only != "theirs":
-        found["miniGLM"] = our_way(text, config, stages, device, compiled=given.compile)
+        found["miniGLM"] = our_way(text, config, stages, device)
     if given.only != "ours":
         found["the reference's way"] = their_way(text, FULL, stages, device)
     rows = [

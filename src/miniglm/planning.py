@@ -69,9 +69,14 @@ def lengths(recipe: Recipe) -> dict[str, Any]:
     return {"minutes": recipe.run.minutes} | {n: {k: getattr(s, k) for k in LENGTHS} for n, s in stages.items()}
 
 
-def measure_gigaflops(device: torch.device, precision: str, seconds: float = 1.0, size: int = 1024) -> float:
+def measure_gigaflops(device: torch.device, precision: str, seconds: float = 1.0, size: int | None = None) -> float:
     """Best speed of a matrix product of `size` rows and columns on `device`, in 10^9 operations a second. The best, not
-    the median: another program that happens to run just now must not decide how large the model is."""
+    the median: another program that happens to run just now must not decide how large the model is.
+
+    Args:
+        size: default 1,024, or 8,192 on CUDA, where a smaller product measures how long it takes to begin.
+    """
+    size = size or (8192 if device.type == "cuda" else 1024)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times: list[float] = []
