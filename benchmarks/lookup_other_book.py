@@ -9,15 +9,14 @@ Prints a table and writes benchmarks/results/lookup_other_book.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+
+from lookup_quality import shares
+from side_by_side import parser, report
 
 from miniglm.corpus import load_books
-from miniglm.evaluation.scores import bootstrap_interval
-from miniglm.files import write_whole
 from miniglm.lookup import Answerer
 from miniglm.lookup.build import build_index
 from miniglm.qa.formats import read_examples
@@ -28,7 +27,7 @@ SANGUO = HERE.parent / "data" / "sanguo"
 ABOUT_THE_BOOK = ("红楼", "宝玉", "黛玉", "大观园", "贾府")
 
 
-def shares(answerer: Answerer) -> dict[str, list[bool]]:
+def outcomes(answerer: Answerer) -> dict[str, list[bool]]:
     """Of each kind of question what is found and refused."""
     rows = [json.loads(line) for line in (HERE / "honglou_questions.jsonl").read_text("utf-8").splitlines()]
     answers = [answerer.answer(row["question"]) for row in rows]
@@ -48,7 +47,7 @@ def shares(answerer: Answerer) -> dict[str, list[bool]]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parser(__doc__, rounds=1)
     options.add_argument("book", help="a file, or a name from miniglm corpus list")
     options.add_argument("--seconds", type=float, default=60.0, help="for the encoder")
     options.add_argument("--seed", type=int, default=1337)
@@ -56,13 +55,9 @@ def main() -> None:
     paragraphs = [p for book in load_books([given.book]) for p in book.paragraphs]
     with tempfile.TemporaryDirectory() as folder:
         build_index(paragraphs, [], [], Path(folder), seconds=given.seconds, seed=given.seed)
-        found = shares(Answerer(Path(folder)))
-    table: dict[str, Any] = {}
-    for what, values in found.items():
-        of = bootstrap_interval([float(v) for v in values])
-        table[what] = {"mean": of.mean, "low": of.low, "high": of.high, "count": len(values)}
-        print(f"{what:38s} {100 * of.mean:5.1f} % ({100 * of.low:.1f}-{100 * of.high:.1f}) of {len(values)}")
-    write_whole(HERE / "results" / "lookup_other_book.json", json.dumps(table, ensure_ascii=False, indent=2) + "\n")
+        found = outcomes(Answerer(Path(folder)))
+    rows = [{"": what} | shares(values) for what, values in found.items()]
+    report("lookup_other_book", "Look-up in a book without a set", rows, given)
 
 
 if __name__ == "__main__":

@@ -71,15 +71,13 @@ class Matrix:
         if self.blocks is None:
             return x @ self.plain if added is None else torch.addmm(added, x, self.plain)
         linear = torch.ops.mkldnn._linear_pointwise
+        missing = full_rows(len(x)) - len(x)
         out: Tensor
-        if missing := full_rows(len(x)) - len(x):
-            out = linear(F.pad(x, (0, 0, 0, missing)), self.blocks, None, "none", [], "")[: len(x)]
-            return out if added is None else out.add_(added)
-        if added is not None:
+        if added is not None and not missing:
             out = linear.binary(x, added, self.blocks, None, "add")
-        else:
-            out = linear(x, self.blocks, None, "none", [], "")
-        return out
+            return out
+        out = linear(F.pad(x, (0, 0, 0, missing)) if missing else x, self.blocks, None, "none", [], "")[: len(x)]
+        return out if added is None else out.add_(added)
 
 
 @dataclass(frozen=True, slots=True)

@@ -631,7 +631,7 @@ def index(run: Run) -> None:
             examples(run, "train"),
             outside,
             run.path / "index",
-            seconds=encoder_seconds(run.recipe.run.minutes or 10),
+            seconds=seconds_of(ENCODER, run.recipe.run.minutes or 10),
             seed=run.recipe.run.seed,
             texts=text_parts(texts) if texts else (),
             sample=text_sample(texts, MOST_TEXT // 2) if texts else (),
@@ -798,13 +798,13 @@ def peak_memory() -> int | None:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-SCORE_SHARE, LEAST_SCORE, MOST_SCORE = 0.12, 28.0, 240.0
+SCORING = (0.12, 28.0, 240.0)
 """Share of the minutes kept for scoring, loading and drawing, and the bounds of that in seconds: a model of an hour
 answers all questions in 100 s on two cores."""
-ENCODER_SHARE, LEAST_ENCODER, MOST_ENCODER = 0.1, 2.0, 240.0
-"""Share of the minutes in which the look-up's encoder learns, and the bounds of that in seconds."""
-INDEX_SHARE, LEAST_INDEX, MOST_INDEX = 0.05, 20.0, 60.0
-"""Share of the minutes kept for the rest of the index, its vectors and learning to choose, and the bounds of that."""
+ENCODER = (0.1, 2.0, 240.0)
+"""The same for what the look-up's encoder may learn in."""
+INDEXING = (0.05, 20.0, 60.0)
+"""The same for the rest of the index, its vectors and learning to choose."""
 ALL_QUESTIONS = 10.0
 """Minutes from which on scoring asks all questions."""
 LEAST_QUESTIONS = 200
@@ -818,9 +818,10 @@ def question_limit(minutes: float) -> int | None:
     return None if minutes >= ALL_QUESTIONS else max(LEAST_QUESTIONS, round(60 * minutes))
 
 
-def encoder_seconds(minutes: float) -> float:
-    """How long the look-up's encoder may learn in a run of so many minutes."""
-    return min(max(60 * minutes * ENCODER_SHARE, LEAST_ENCODER), MOST_ENCODER)
+def seconds_of(part: tuple[float, float, float], minutes: float) -> float:
+    """A part's seconds in a run of so many minutes: its share, within its bounds."""
+    share, least, most = part
+    return min(max(60 * minutes * share, least), most)
 
 
 def seconds_kept(minutes: float, *, index: bool) -> float:
@@ -829,9 +830,7 @@ def seconds_kept(minutes: float, *, index: bool) -> float:
     Args:
         index: there is one to be built.
     """
-    total = 60 * minutes
-    kept = min(max(SCORE_SHARE * total, LEAST_SCORE), MOST_SCORE)
-    return kept + encoder_seconds(minutes) + min(max(INDEX_SHARE * total, LEAST_INDEX), MOST_INDEX) if index else kept
+    return sum(seconds_of(part, minutes) for part in (SCORING, *((ENCODER, INDEXING) if index else ())))
 
 
 def demo(run: Run, begun: float) -> None:
