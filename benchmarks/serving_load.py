@@ -156,6 +156,11 @@ def serving(run: Path) -> Iterator[tuple[int, psutil.Process]]:
             print(f"the server ended with {code}", file=sys.stderr)
 
 
+def memory_of(server: psutil.Process) -> float:
+    """MiB that the server's processes have in memory."""
+    return sum(p.memory_info().rss for p in (server, *server.children(recursive=True))) / 2**20
+
+
 CHAT = """
 import json, sys, time
 from pathlib import Path
@@ -272,7 +277,7 @@ async def flood(
             wait = await ask(port, model, question, tally, leave=number % 10 == 9, max_tokens=32)
             tally.read()
             if number in marks:
-                memory.append((number + 1, server.memory_info().rss / 2**20))
+                memory.append((number + 1, memory_of(server)))
             await asyncio.sleep(wait)
 
     await asyncio.gather(*(one() for _ in range(MEMORY_CLIENTS)))
@@ -316,7 +321,7 @@ def main() -> None:
             memory = asyncio.run(flood(port, model, asked, given.requests, server))
             for number, mebibytes in memory:
                 print(f"after {number:>6,} requests {mebibytes:>8,.1f} MiB")
-        rss = server.memory_info().rss / 2**20
+        rss = memory_of(server)
     print(f"server's memory at the end {rss:,.1f} MiB; {os.cpu_count()} cores")
     if given.json:
         found = {"chat": alone, "load": rows, "memory_mib": memory, "final_mib": rss, "cores": os.cpu_count()}

@@ -8,15 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from miniglm.checkpoint import load_model
+from miniglm.model import GLM
 from miniglm.serving.app import create_app
 from miniglm.serving.book import BookService
+from miniglm.serving.engine import load_served
 from miniglm.serving.guards import State
 from miniglm.serving.server import bind, uvicorn_server
 from miniglm.serving.service import LocalService
 from miniglm.serving.settings import Limits
+from miniglm.serving.worker import Worker
+from miniglm.tokenizer import Tokenizer
 
 MODEL = "small"
 
@@ -34,6 +38,12 @@ class Running:
 Start = Callable[..., contextlib.AbstractContextManager[Running]]
 
 
+def local_service(folder: Path, limits: Limits, load: Callable[[], GLM] | None = None) -> LocalService:
+    """A model folder's model, its engine at work; to be closed."""
+    worker = Worker(load or partial(load_served, folder, "cpu"), limits)
+    return LocalService(MODEL, Tokenizer.load(folder), worker)
+
+
 @contextlib.contextmanager
 def serving(
     folder: Path,
@@ -42,10 +52,16 @@ def serving(
     api_key: str | None = None,
     cors: tuple[str, ...] = (),
     book: BookService | None = None,
+    load: Callable[[], GLM] | None = None,
 ) -> Iterator[Running]:
-    """The server as `miniglm serve` runs it, less the page, on a thread of this process."""
+    """The server as `miniglm serve` runs it, less the page, on a thread of this process; its engine has a process of its
+    own.
+
+    Args:
+        load: makes the model there, in place of reading the folder's.
+    """
     limits, state = limits or Limits(), State()
-    service = LocalService(MODEL, *load_model(folder), limits)
+    service = local_service(folder, limits, load)
     sock = bind("127.0.0.1", 0)
     app = create_app(service, limits, state, api_key=api_key, cors=cors, page=False, book=book)
     ready = threading.Event()

@@ -10,7 +10,9 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,6 +25,7 @@ from miniglm.chat import Message, answer_questions, fit_prompt
 from miniglm.generation import ContinuousBatch, Engine, Event, SamplingSettings
 from miniglm.model import GLM
 from miniglm.qa.questions import normalize_question
+from miniglm.serving.engine import load_served
 from miniglm.serving.service import Options, Piece, ServiceError, StopScanner
 from miniglm.serving.settings import Limits
 from miniglm.tokenizer import Tokenizer
@@ -231,27 +234,32 @@ def test_a_client_that_goes_stops_its_answer(start: Start, stream: bool) -> None
         assert worker.tokens - made <= 4
 
 
-def test_closing_the_connection_ends_it_within_two_steps(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are made slow, so that they can be counted whatever else the machine does."""
-    steps = 0
+def slow_model(folder: Path, steps: Path) -> GLM:
+    """Steps are made slow, so that they can be counted whatever else the machine does; each leaves a byte in `steps`."""
     step = ContinuousBatch.step
 
     def slow(batch: ContinuousBatch) -> list[Event]:
-        nonlocal steps
         time.sleep(0.4)
-        steps += 1
+        with steps.open("ab") as file:
+            file.write(b".")
         return step(batch)
 
-    monkeypatch.setattr(ContinuousBatch, "step", slow)
-    with start(Limits(max_tokens=10**6)) as running:
+    ContinuousBatch.step = slow  # type: ignore[assignment]  # in a process that has nothing else to do
+    return load_served(folder, "cpu")
+
+
+def test_closing_the_connection_ends_it_within_two_steps(model_folder: Path, start: Start, tmp_path: Path) -> None:
+    steps = tmp_path / "steps"
+    steps.touch()
+    with start(Limits(max_tokens=10**6), load=partial(slow_model, model_folder, steps)) as running:
         body = json.dumps({"model": MODEL, "stream": True} | ENDLESS).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
         with socket.create_connection(("127.0.0.1", running.port)) as client:
             client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-            until(lambda: steps >= 2, "the answer is under way")
-            begun = steps
+            until(lambda: steps.stat().st_size >= 2, "the answer is under way")
+            begun = steps.stat().st_size
         until(lambda: running.service.worker.running == 0, "the answer is dropped")
-        assert steps - begun <= 2
+        assert steps.stat().st_size - begun <= 2
 
 
 def test_curl_sees_what_the_documentation_shows(server: Running) -> None:

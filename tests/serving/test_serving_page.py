@@ -24,10 +24,10 @@ from browsing import chromium
 from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, expect
 from report_sample import make_report
-from served import MODEL, serving
+from served import MODEL, local_service, serving
 
 from miniglm.chat import Message
-from miniglm.checkpoint import load_model, read_config
+from miniglm.checkpoint import read_config
 from miniglm.corpus import Paragraph
 from miniglm.lookup import Answerer, with_sources
 from miniglm.lookup.build import build_index
@@ -39,7 +39,7 @@ from miniglm.serving.book import BookService
 from miniglm.serving.guards import State
 from miniglm.serving.page import create_page, mount_page, opened, unveiled, veiled
 from miniglm.serving.page_text import MESSAGES, TEXTS
-from miniglm.serving.service import LocalService, Options, Piece, Service, ServiceError
+from miniglm.serving.service import Options, Piece, Service, ServiceError
 from miniglm.serving.settings import Limits
 
 PATIENCE = 60_000
@@ -736,7 +736,7 @@ def test_over_another_server(browser: Browser, model_folder: Path) -> None:
 
 def test_over_a_real_model(browser: Browser, model_folder: Path) -> None:
     """Through all guards, the page and the engine, and back: the page shows what the service says."""
-    service = LocalService("small", *load_model(model_folder), Limits())
+    service = local_service(model_folder, Limits())
     site = Site(create_app(service, Limits(), State(), run=model_folder))
     context = browser.new_context(locale="zh-CN")
     context.set_default_timeout(PATIENCE)

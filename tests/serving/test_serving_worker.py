@@ -1,16 +1,25 @@
-"""The engine's thread: many requests at once give what each gives alone, and none holds up another."""
+"""The engine's process: many requests at once give what each gives alone, none holds up another, and whatever becomes
+of the process, who waits hears of it."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from served import until
 
+from miniglm.errors import MiniGLMError
 from miniglm.generation import Engine, Generation, SamplingSettings
 from miniglm.model import GLM, ModelConfig
 from miniglm.serving.settings import Limits
@@ -19,8 +28,8 @@ from miniglm.serving.worker import QueueFull, ShuttingDown, Worker
 VOCABULARY = 61
 
 
-@pytest.fixture(scope="module")
-def model() -> GLM:
+def make_model() -> GLM:
+    """A random one, the same in every process."""
     made = GLM(ModelConfig(VOCABULARY, 32, 48, 2, 2, 1, 16, 64)).initialize(3).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -29,9 +38,14 @@ def model() -> GLM:
     return made
 
 
-@pytest.fixture
-def worker(model: GLM) -> Iterator[Worker]:
-    made = Worker(model, Limits(slots=4, queue=8))
+@pytest.fixture(scope="module")
+def model() -> GLM:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    made = Worker(make_model, Limits(slots=4, queue=8))
     yield made
     made.close(0.0)
 
@@ -66,10 +80,11 @@ def test_many_at_once_give_what_each_gives_alone(model: GLM, worker: Worker) -> 
         return list(await asyncio.gather(*(one(*job) for job in given)))
 
     alone = [Engine(model).generate([prompt], settings)[0] for prompt, settings in given]
+    made = worker.tokens
     assert asyncio.run(ask()) == alone
     requests = [worker.submit(*job) for job in given]
     assert [[token.id for token in request] for request in requests] == [g.ids for g in alone]
-    assert worker.tokens == 2 * sum(len(g.ids) for g in alone)
+    assert worker.tokens - made == 2 * sum(len(g.ids) for g in alone)
 
 
 def test_log_probabilities_are_the_models_own(model: GLM, worker: Worker) -> None:
@@ -122,32 +137,21 @@ def iter_tokens(request: object) -> Iterator[object]:
 KEPT: list[Iterator[object]] = []
 
 
-def test_a_request_whose_reader_has_gone_is_dropped_at_the_next_step(worker: Worker) -> None:
-    async def leave() -> None:
+def test_a_request_whose_reader_has_gone_is_dropped(worker: Worker) -> None:
+    async def leave(first: bool) -> None:
         request = worker.submit([1], ENDLESS)
         stream = request.batches()
         await anext(stream)
-        with worker._change:  # the engine may be in the middle of a step, but cannot begin another
-            before = worker.tokens
+        if first:
             request.cancel()
         await stream.aclose()  # type: ignore[attr-defined]
         while request.finish_reason is None:
             await asyncio.sleep(0)
         assert request.finish_reason == "cancelled"
         assert worker.running == 0
-        assert worker.tokens - before <= 1
 
-    async def only_leave() -> None:
-        request = worker.submit([1], ENDLESS)
-        stream = request.batches()
-        await anext(stream)
-        await stream.aclose()  # type: ignore[attr-defined]
-        while request.finish_reason is None:
-            await asyncio.sleep(0)
-        assert request.finish_reason == "cancelled"
-
-    asyncio.run(leave())
-    asyncio.run(only_leave())
+    asyncio.run(leave(True))
+    asyncio.run(leave(False))
     assert len(list(worker.submit([1], SamplingSettings(max_new_tokens=3)))) == 3
 
 
@@ -157,8 +161,9 @@ def test_a_failure_in_the_engine_reaches_its_requests_and_the_next_is_served(wor
     assert len(list(worker.submit([1], SamplingSettings(max_new_tokens=3)))) == 3
 
 
-def test_closing_finishes_what_runs_and_drops_it_after_the_time(model: GLM) -> None:
-    worker = Worker(model, Limits(slots=2, queue=2))
+def test_closing_finishes_what_runs_and_drops_it_after_the_time() -> None:
+    worker = Worker(make_model, Limits(slots=2, queue=2))
+    worker.ready()
     short, endless = worker.submit([1], SamplingSettings(max_new_tokens=30)), worker.submit([2], ENDLESS)
     begun = time.monotonic()
     closing = threading.Thread(target=worker.close, args=(1.0,))
@@ -170,4 +175,74 @@ def test_closing_finishes_what_runs_and_drops_it_after_the_time(model: GLM) -> N
     assert (short.finish_reason, endless.finish_reason) == ("length", "cancelled")
     with pytest.raises(ShuttingDown):
         worker.submit([1], ENDLESS)
-    assert not worker._thread.is_alive()
+    assert not worker._thread.is_alive() and worker._process.exitcode == 0
+
+
+def test_a_process_that_dies_fails_its_requests_and_another_one_follows() -> None:
+    worker = Worker(make_model, Limits(slots=2, queue=2))
+    requests = [worker.submit([1], ENDLESS) for _ in range(3)]  # one of them waits
+    next(iter_tokens(requests[0]))
+    dead = worker._process
+    dead.kill()
+    for request in requests:
+        with pytest.raises(RuntimeError, match="exit code"):
+            list(request)
+    assert (worker.running, worker.waiting) == (0, 0)
+    until(lambda: worker._process is not dead, "another one begins")
+    assert len(list(worker.submit([1], SamplingSettings(max_new_tokens=3)))) == 3
+    worker.close(0.0)
+
+
+def damaged() -> GLM:
+    raise MiniGLMError("文件不完整", path="model.safetensors", fix="重新复制")
+
+
+def killed() -> GLM:
+    os._exit(9)
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_one_line() -> None:
+    for load, words in ((damaged, ("model.safetensors", "文件不完整", "重新复制")), (killed, ("内存",))):
+        worker = Worker(load)
+        request = worker.submit([1], ENDLESS)  # it may be asked before it is known
+        with pytest.raises(MiniGLMError) as caught:
+            worker.ready()
+        assert all(word in str(caught.value) for word in words)
+        with pytest.raises(RuntimeError):
+            list(request)
+        with pytest.raises(ShuttingDown):
+            worker.submit([1], ENDLESS)
+        worker.close(0.0)
+
+
+OWNER = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from test_serving_worker import ENDLESS, make_model
+from miniglm.serving.worker import Worker
+
+if __name__ == "__main__":
+    worker = Worker(make_model)
+    request = worker.submit([1], ENDLESS)
+    next(tokens := iter(request))
+    print(worker._process.pid, flush=True)
+    for _ in tokens:
+        pass
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_the_process_ends_with_its_owner_and_by_no_signal_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "owner.py").write_text(OWNER, "utf-8")
+    command = [sys.executable, str(tmp_path / "owner.py"), str(Path(__file__).parent), *sys.path]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    engine = psutil.Process(int(owner.stdout.readline()))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        engine.send_signal(number)
+    time.sleep(0.3)
+    assert engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE
+    owner.kill()
+    _, errors = owner.communicate()
+    until(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, "it ends without its owner")
+    assert errors == ""

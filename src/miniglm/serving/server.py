@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -147,20 +148,25 @@ def _open_service(
         return remote
     if folder is None:
         raise MiniGLMError("没有给出模型", fix="给出运行目录，例如 miniglm serve runs/demo，或者 --backend 网址")
-    import torch
-
-    from miniglm.checkpoint import load_model
-    from miniglm.locate import find_model, pick_device
+    from miniglm.locate import find_model
+    from miniglm.serving.engine import load_served
     from miniglm.serving.service import LocalService
+    from miniglm.serving.worker import Worker
+    from miniglm.tokenizer import Tokenizer
 
-    # A core is left to the connections: each product waits for the last of its threads.
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    model, tokenizer = load_model(find_model(folder), device=str(pick_device(device or "auto")))
-    return LocalService(model_name(folder), model, tokenizer, limits)
+    model = find_model(folder)
+    worker = Worker(partial(load_served, model, device), limits)
+    try:
+        import miniglm.serving.page  # noqa: F401  # takes as long as the model in the other process
+
+        return LocalService(model_name(folder), Tokenizer.load(model), worker)
+    except BaseException:
+        worker.close(0.0)
+        raise
 
 
 def _end(service: Service, seconds: float) -> None:
-    """Ends the engine's thread: one that is in the midst of torch when the process ends takes it down with SIGABRT."""
+    """Ends the engine."""
     from miniglm.serving.service import LocalService
 
     if isinstance(service, LocalService):

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from miniglm.chat import Message, asked, fit_prompt
 from miniglm.generation import SamplingSettings
-from miniglm.model import GLM
-from miniglm.serving.settings import Limits
 from miniglm.serving.worker import QueueFull, Request, ShuttingDown, Worker
 from miniglm.tokenizer import StreamingDetokenizer, Tokenizer
 
@@ -254,16 +252,21 @@ class Answer:
 
 
 class LocalService:
-    """A model in this process.
+    """A model on this machine. Waits until it is there.
 
     Args:
         model_id: the name it has in the API.
+        tokenizer: learns which rows of the model's vocabulary no token has.
+
+    Raises:
+        MiniGLMError: the model could not be loaded, or it is not one of this tokenizer's.
     """
 
-    def __init__(self, model_id: str, model: GLM, tokenizer: Tokenizer, limits: Limits) -> None:
-        self.model_id, self.tokenizer, self.limits = model_id, tokenizer, limits
-        self.context = model.config.max_position_embeddings
-        self.worker = Worker(model, limits)
+    def __init__(self, model_id: str, tokenizer: Tokenizer, worker: Worker) -> None:
+        self.model_id, self.tokenizer, self.worker, self.limits = model_id, tokenizer, worker, worker.limits
+        model = worker.ready()
+        self.context = model.context
+        tokenizer.allow_unused(model.vocabulary)
 
     def close(self, timeout: float) -> None:
         """Refuses what is new, lets what runs finish within `timeout` seconds."""

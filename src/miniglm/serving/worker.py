@@ -1,4 +1,5 @@
-"""The engine on a thread of its own: requests come from the event loop or any thread, tokens go back to them.
+"""The engine as the server sees it: requests go to its process (engine.py) from the event loop or any thread, tokens
+come back to them.
 
 Knows tokens only: nothing of text, HTTP or pages.
 """
@@ -6,24 +7,26 @@ Knows tokens only: nothing of text, HTTP or pages.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
+import itertools
+import logging
+import multiprocessing
+import signal
 import threading
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-from miniglm.generation import ContinuousBatch, Event, SamplingSettings, Token
+from miniglm.errors import MiniGLMError
+from miniglm.generation import SamplingSettings, Token
 from miniglm.model import GLM
+from miniglm.serving.engine import Add, Drop, News, Order, Ready, run_engine
 from miniglm.serving.settings import Limits
 
-PREFILL_TOKENS = 1024
-"""Prompt tokens read in one step: what runs waits for them, a few hundredths of a second on a laptop."""
+log = logging.getLogger(__name__)
 
-PIECES_PER_SECOND = 1000
-"""How often readers in an event loop are woken, all together: with 32 running sequences about 30 times a second each.
-Sending a piece costs about as much as a small model's token, however long the piece is."""
-
-PIECES_EACH = 250
-"""And how often each of them at most: no eye tells it from more."""
+END_SECONDS = 5.0
+"""For the engine's process to end by itself; a step takes a fraction of it."""
 
 
 class QueueFull(Exception):
@@ -42,15 +45,13 @@ class Request:
         finish_reason: None while it runs, then "stop", "length" or "cancelled".
     """
 
-    def __init__(self, worker: Worker, prompt: Sequence[int], settings: SamplingSettings, logprobs: int | None) -> None:
-        self.prompt, self.settings, self.logprobs = prompt, settings, logprobs
+    def __init__(self, worker: Worker, number: int, logprobs: int | None) -> None:
+        self.number, self.logprobs = number, logprobs
         self.finish_reason: str | None = None
         self._worker = worker
         self._tokens: deque[Token] = deque()
-        self._error: BaseException | None = None
+        self._failure: str | None = None
         self._done = False
-        self._cancelled = False
-        self._heard = False  # its reader knows of a token
         self._arrived = threading.Event()
         self._reader: asyncio.Future[None] | None = None  # waits for what arrives
         try:
@@ -72,11 +73,11 @@ class Request:
     @property
     def ended(self) -> bool:
         """Its end is known, it did not fail, and all its tokens have been read."""
-        return self._done and not self._tokens and self._error is None
+        return self._done and not self._tokens and self._failure is None
 
     def _check(self) -> None:
-        if self._error is not None:
-            raise RuntimeError("generation failed") from self._error
+        if self._failure is not None:
+            raise RuntimeError(f"generation failed: {self._failure}")
 
     async def batches(self) -> AsyncIterator[list[Token]]:
         """What arrived since the last look, one token or more: a reader that is slower than the engine is not asked
@@ -117,10 +118,12 @@ class Request:
             if not self._done:
                 self.cancel()
 
-    # From here on: called on the engine's thread.
-
-    def _finish(self, reason: str | None, error: BaseException | None = None) -> None:
-        self.finish_reason, self._error, self._done = reason, error, True
+    def _hear(self, news: News) -> None:
+        """On the worker's thread; its reader is woken afterwards."""
+        self._tokens.extend(news.tokens)
+        if news.last:
+            self.finish_reason, self._failure = news.finish_reason, news.failure
+            self._done = True  # last: who sees it sees the rest
 
 
 def _wake(requests: Sequence[Request]) -> None:
@@ -131,37 +134,58 @@ def _wake(requests: Sequence[Request]) -> None:
 
 
 class Worker:
-    """Runs a model for many requests at once, first come first served.
+    """Runs a model for many requests at once, first come first served, in a process of its own, which begins at once;
+    `ready` waits for it. A process that dies takes its requests with it, and another one follows.
 
     Args:
+        load: makes the model, in the engine's process: something that can be pickled.
         limits: `slots` and `queue` of them are meant here.
     """
 
-    def __init__(self, model: GLM, limits: Limits | None = None) -> None:
+    def __init__(self, load: Callable[[], GLM], limits: Limits | None = None) -> None:
         self.limits = limits or Limits()
-        self.context = model.config.max_position_embeddings
         self.tokens = 0
-        self._model = model
+        self._load = load
         self._change = threading.Condition()
-        self._waiting: deque[Request] = deque()
-        self._running: dict[int, Request] = {}
-        self._gone: list[Request] = []
-        self._news: dict[Request, None] = {}  # whose readers are to be woken, in the order of the news
-        self._woken = 0.0
+        self._open: dict[int, Request] = {}
+        self._numbers = itertools.count()
         self._closing = False
-        self._deadline = float("inf")
-        self._thread = threading.Thread(target=self._run, name="miniglm-engine", daemon=True)
+        self._first: Ready | MiniGLMError | None = None
+        self._begin()
+        self._thread = threading.Thread(target=self._listen, name="miniglm-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close, 0.0)  # before multiprocessing waits for its processes
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along as they happen to be
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=run_engine, args=(theirs, self._load, self.limits.slots), daemon=True)
+        with _no_interrupts():
+            self._process.start()
+        theirs.close()
+
+    def ready(self) -> Ready:
+        """What the model is like, once it is there.
+
+        Raises:
+            MiniGLMError: it could not be loaded.
+        """
+        with self._change:
+            self._change.wait_for(lambda: self._first is not None)
+        assert self._first is not None
+        if isinstance(self._first, MiniGLMError):
+            raise self._first
+        return self._first
 
     @property
     def running(self) -> int:
         """Sequences at work."""
-        return len(self._running)
+        return min(len(self._open), self.limits.slots)
 
     @property
     def waiting(self) -> int:
         """Sequences without a slot."""
-        return len(self._waiting)
+        return max(0, len(self._open) - self.limits.slots)
 
     def submit(self, prompt: Sequence[int], settings: SamplingSettings, *, logprobs: int | None = None) -> Request:
         """Puts a sequence into the queue.
@@ -176,115 +200,91 @@ class Worker:
         """
         if not prompt:
             raise ValueError("an empty prompt")
-        request = Request(self, prompt, settings, logprobs)
         with self._change:
             if self._closing:
                 raise ShuttingDown
-            if len(self._waiting) + len(self._running) >= self.limits.slots + self.limits.queue:
+            if len(self._open) >= self.limits.slots + self.limits.queue:
                 raise QueueFull
-            self._waiting.append(request)
-            self._change.notify()
+            request = Request(self, next(self._numbers), logprobs)
+            self._open[request.number] = request
+            self._send(Add(request.number, prompt, settings, logprobs))
         return request
 
     def close(self, timeout: float) -> None:
-        """Takes nothing new, lets what is there finish for `timeout` seconds, drops the rest, and ends the thread."""
+        """Takes nothing new, lets what is there finish for `timeout` seconds, drops the rest, and ends the process."""
         with self._change:
             self._closing = True
-            self._deadline = time.monotonic() + timeout
-            self._change.notify()
+            if not self._change.wait_for(lambda: not self._open, timeout):
+                for number in self._open:
+                    self._send(Drop(number))
+                self._change.wait_for(lambda: not self._open, END_SECONDS)
+            self._send(None)
+            loading = self._first is None
+        self._process.join(0.0 if loading else END_SECONDS)
+        self._process.kill()
         self._thread.join()
+        atexit.unregister(self.close)
 
     def _cancel(self, request: Request) -> None:
-        if request._done:  # most are, and the engine need not be waited for
+        if request._done:  # most are
             return
         with self._change:
-            if not request._done and not request._cancelled:
-                request._cancelled = True
-                self._gone.append(request)
-                self._change.notify()
+            if request.number in self._open:
+                self._send(Drop(request.number))
 
-    def _run(self) -> None:
-        batch = self._new_batch()
-        while self._wait():
-            finished = self._drop(batch)
+    def _send(self, order: Order) -> None:
+        with contextlib.suppress(OSError):  # it has died: `_listen` sees to that
+            self._pipe.send(order)
+
+    # From here on: on the worker's thread.
+
+    def _listen(self) -> None:
+        while True:
             try:
-                self._admit(batch, finished)
-                events = batch.step()
-            except Exception as error:  # whatever it is: those who wait must hear of it, and the next must be served
-                for request in self._running.values():
-                    request._finish(None, error)
-                    finished.append(request)
-                self._running.clear()
-                events, batch = [], self._new_batch()
-            self._deliver(events, finished)
+                news = self._pipe.recv()
+            except (EOFError, OSError):
+                if not self._follow():
+                    return
+                continue
+            if isinstance(news, Ready | MiniGLMError):
+                with self._change:
+                    self._first = news
+                    self._change.notify_all()
+            else:
+                self._deliver(news)
 
-    def _new_batch(self) -> ContinuousBatch:
-        return ContinuousBatch(self._model, self.limits.slots)
-
-    def _wait(self) -> bool:
-        """Until there is something to do; False when all is done and closed."""
+    def _follow(self) -> bool:
+        """After the process has ended: its requests have failed, and another one begins where that makes sense."""
+        self._process.join()
+        failure = f"the engine's process ended with exit code {self._process.exitcode}"
         with self._change:
-            while not (self._waiting or self._running or self._gone):
-                if self._closing:
-                    return False
-                self._change.wait()
-            if time.monotonic() > self._deadline:
-                self._gone += [*self._running.values(), *self._waiting]
-            return True
+            lost = [News(number, [], failure=failure) for number in self._open]
+            again = not self._closing and isinstance(self._first, Ready)
+            if self._first is None:
+                self._first = MiniGLMError("载入模型的进程中途结束了", fix="内存可能不够；关掉别的程序再试")
+            self._closing |= not again
+            if again:
+                log.error("生成的进程意外结束（退出码 %s），正在重新启动", self._process.exitcode)
+                self._begin()
+            self._change.notify_all()
+        self._deliver(lost)
+        return again
 
-    def _drop(self, batch: ContinuousBatch) -> list[Request]:
-        """Takes out those whose client has gone."""
-        if not self._gone:
-            return []
+    def _deliver(self, news: Sequence[News]) -> None:
+        told: list[Request] = []
         with self._change:
-            gone, self._gone = self._gone, []
-            dropped = {id(request) for request in gone if not request._done}
-            self._waiting = deque(request for request in self._waiting if id(request) not in dropped)
-        for key in [key for key, request in self._running.items() if id(request) in dropped]:
-            batch.remove(key)
-            del self._running[key]
-        finished = [request for request in gone if id(request) in dropped]
-        for request in finished:
-            request._finish("cancelled")
-        return finished
-
-    def _admit(self, batch: ContinuousBatch, finished: list[Request]) -> None:
-        room = PREFILL_TOKENS
-        while self._waiting and batch.free and room > 0:
-            with self._change:
-                request = self._waiting.popleft()
-                try:
-                    key = batch.add(request.prompt, request.settings, logprobs=request.logprobs)
-                except Exception as error:  # what it asks for cannot be begun: its own fault, not the others'
-                    request._finish(None, error)
-                    finished.append(request)
-                    continue
-                self._running[key] = request
-            room -= min(len(request.prompt), self.context)
-
-    def _deliver(self, events: Sequence[Event], finished: Sequence[Request]) -> None:
-        for request in finished:
-            self._tell(request)
-        for key, token, reason in events:
-            request = self._running[key]
-            if token is not None:
-                request._tokens.append(token)
-                self.tokens += 1
-            if reason is not None:
-                request._finish(reason)
-                del self._running[key]
-            self._tell(request)
-        now = time.monotonic()
-        if now - self._woken >= max(1 / PIECES_EACH, len(self._running) / PIECES_PER_SECOND):
-            self._woken = now
-            due = list(self._news)
-        else:  # a first token and an end are not kept waiting
-            due = [request for request in self._news if request._done or not request._heard]
-        # One call into each event loop a step, not one for each sequence: the loop is woken through a socket.
+            for each in news:
+                request = self._open[each.number]
+                self.tokens += len(each.tokens)
+                if each.last:
+                    del self._open[each.number]
+                request._hear(each)
+                told.append(request)
+            self._change.notify_all()
+        # One call into each event loop, not one for each sequence: the loop is woken through a socket.
         loops: dict[asyncio.AbstractEventLoop, list[Request]] = {}
-        for request in due:
-            del self._news[request]
-            request._heard = True
+        for request in told:
+            request._arrived.set()
             if request._loop is not None:
                 loops.setdefault(request._loop, []).append(request)
         for loop, requests in loops.items():
@@ -294,7 +294,15 @@ class Worker:
                 for request in requests:
                     self._cancel(request)
 
-    def _tell(self, request: Request) -> None:
-        if not request._arrived.is_set():
-            request._arrived.set()
-        self._news[request] = None
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """A process that begins here never sees a Ctrl-C, not even before it can say that it does not want to."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
