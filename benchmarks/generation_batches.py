@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 from miniglm.checkpoint import load_model
-from miniglm.generation import Engine, SamplingSettings
+from miniglm.config import ModelConfig
+from miniglm.generation import Engine
 from miniglm.locate import find_model
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
+from miniglm.sampling import SamplingSettings
 
 DEFAULT = ModelConfig(4096, 256, 704, 4, 4, 2, 64, 256)
 

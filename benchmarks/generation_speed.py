@@ -27,9 +27,10 @@ import torch
 from side_by_side import alternate, median_ratio, parser, report
 from training_speed import MODELS
 
-from miniglm.generation import Engine, SamplingSettings
+from miniglm.generation import Engine
 from miniglm.interop.to_gguf import export_gguf
 from miniglm.model import GLM
+from miniglm.sampling import SamplingSettings
 from miniglm.tokenizer import train_tokenizer
 
 PROMPT = list(range(20, 32))

@@ -31,9 +31,10 @@ from reference_model import (
 )
 from side_by_side import parser, report
 
+from miniglm.config import ModelConfig
 from miniglm.dataset import Batches, TextRows, validation_text_batches
 from miniglm.evaluation.measure import bits_per_character
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.optimizer import learning_rate_factor, set_learning_rate
 from miniglm.planning import choose_precision, measure_gigaflops
 from miniglm.tokenizer import train_tokenizer

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from miniglm.chat import encode_reference, messages_of, prompt_of
 from miniglm.checkpoint import load_model
+from miniglm.conversation import encode_reference, messages_of, prompt_of
 from miniglm.evaluation.evaluate import spread
 from miniglm.evaluation.scores import bootstrap_interval
 from miniglm.interop.export import FORMATS, export_model

@@ -167,7 +167,7 @@ from pathlib import Path
 import miniglm.cli  # sets what the command line sets
 from miniglm.chat import ChatSession
 from miniglm.checkpoint import load_model
-from miniglm.generation import SamplingSettings
+from miniglm.sampling import SamplingSettings
 from miniglm.locate import find_model
 
 model, tokenizer = load_model(find_model(Path(sys.argv[1])))

@@ -19,7 +19,8 @@ from pathlib import Path
 from side_by_side import alternate, parser, report
 
 from miniglm.checkpoint import save_model
-from miniglm.model import GLM, ModelConfig
+from miniglm.config import ModelConfig
+from miniglm.model import GLM
 from miniglm.tokenizer import train_tokenizer
 
 GOALS = {"miniglm --help": 0.3, "miniglm ask": 2.5, "miniglm ask --closed-book": 2.5, "import torch": None}

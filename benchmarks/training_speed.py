@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from side_by_side import alternate, median_ratio, parser, report
 
-from miniglm.model import GLM, ModelConfig
+from miniglm.config import ModelConfig
+from miniglm.model import GLM
 from miniglm.planning import choose_precision, measure_gigaflops
 from miniglm.training import Stage, autocast, keep_allocations, optimizers_of
 

@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from miniglm.config import ModelConfig
 from miniglm.dataset import Batches, PairRows, Pairs, TextRows
 from miniglm.distributed import launch
 from miniglm.distributed.choice import whole_weights
 from miniglm.distributed.team import share, total
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.training import Interrupted, Progress, Stage, TrainResult, train
 
 CONTEXT = 24

@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import ROOT
 
-from miniglm.model import ModelConfig
+from miniglm.config import ModelConfig
 
 TEXT = "".join(f"却说{a}{b}引兵{c}里，" for a in "曹刘孙袁" for b in "操备权绍" for c in "一二三四五六七八九十") * 4
 

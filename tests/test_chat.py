@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from miniglm.chat import ChatSession, answer_questions, continue_text, fit_prompt, messages_of, terminal_chat
-from miniglm.generation import Engine, SamplingSettings
-from miniglm.model import GLM, ModelConfig
+from miniglm.chat import ChatSession, answer_questions, continue_text, terminal_chat
+from miniglm.config import ModelConfig
+from miniglm.conversation import fit_prompt, messages_of
+from miniglm.generation import Engine
+from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
+from miniglm.sampling import SamplingSettings
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -15,9 +15,10 @@ import torch
 
 from miniglm import checkpoint, weights
 from miniglm.checkpoint import RunFolder, load_model, load_state, save_model, save_state
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
 from miniglm.files import keep_dated, write_whole
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.optimizer import build_optimizers
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from miniglm.config import ModelConfig
 from miniglm.decoding import CachedDecoder
-from miniglm.model import GLM, DecoderLayer, ModelConfig
+from miniglm.model import GLM, DecoderLayer
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> GLM:

@@ -8,8 +8,10 @@ import random
 import pytest
 import torch
 
-from miniglm.generation import Engine, SamplingSettings, _Sequence, sample
-from miniglm.model import GLM, ModelConfig
+from miniglm.config import ModelConfig
+from miniglm.generation import Engine, _Sequence, sample
+from miniglm.model import GLM
+from miniglm.sampling import SamplingSettings
 
 CONTEXT = 40
 torch.set_num_threads(1)  # these matrices are too small to share

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from test_training import batches, losses, model, run, stage
 
 from miniglm.checkpoint import load_state
+from miniglm.config import ModelConfig
 from miniglm.dataset import Batch, Batches
 from miniglm.errors import MiniGLMError
 from miniglm.guard import (
@@ -27,7 +28,7 @@ from miniglm.guard import (
     is_out_of_memory,
     smaller_micro_batch,
 )
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 
 
 class Harmful(Batches):
@@ -236,7 +237,8 @@ from pathlib import Path
 import numpy as np, torch
 from miniglm.dataset import Batches, TextRows
 from miniglm.errors import MiniGLMError
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
+from miniglm.config import ModelConfig
 from test_training import losses, run, stage
 
 torch.set_num_threads(1)

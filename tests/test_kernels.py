@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miniglm.config import ModelConfig
 from miniglm.kernels import LinearCrossEntropy, RMSNorm, RotaryAttention
-from miniglm.model import ModelConfig, rotary_table, rotate
+from miniglm.model import rotary_table, rotate
 
 
 def agree(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-5) -> None:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from miniglm.model import GLM, IGNORE, ModelConfig
+from miniglm.config import ModelConfig
+from miniglm.model import GLM, IGNORE
 
 SHAPES = [(4, 2, True), (4, 4, True), (4, 1, False), (4, 4, False)]
 

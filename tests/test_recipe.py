@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
-from miniglm.model import ModelConfig
 from miniglm.recipe import Recipe, default_qa, find_recipe, load_recipe, shipped
 
 

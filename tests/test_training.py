@@ -16,9 +16,10 @@ import torch
 
 from miniglm import training
 from miniglm.checkpoint import load_state, save_state
+from miniglm.config import ModelConfig
 from miniglm.dataset import Batch, Batches, TextRows
 from miniglm.errors import MiniGLMError
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.optimizer import learning_rate_factor
 from miniglm.training import Interrupted, Progress, Stage, TrainResult, seconds_between_saves, train
 

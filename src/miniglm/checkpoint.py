@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from miniglm import __version__
+from miniglm.config import read_config
 from miniglm.errors import MiniGLMError
 from miniglm.files import (
+    INCOMPLETE,
     TEMPORARY,
     clean_temporaries,
     file_digest,
@@ -28,11 +30,10 @@ from miniglm.files import (
     write_whole,
 )
 from miniglm.locking import HOLDER, LOCK, REPORT, hold, is_held
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.tokenizer import Tokenizer
 from miniglm.weights import (
     DESCRIBING,
-    INCOMPLETE,
     MAX_SHARD,
     all_finite,
     give_memory,
@@ -94,20 +95,6 @@ def save_model(
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     }
     save_weights(folder, tensors, dtype, max_shard)
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """A model folder's sizes.
-
-    Raises:
-        MiniGLMError: there is no such folder, or its config.json is not one of a GLM.
-    """
-    if not folder.is_dir():
-        raise MiniGLMError("没有这个模型目录", path=folder)
-    try:
-        return ModelConfig.from_hf(read_json(folder / "config.json", fix=INCOMPLETE))
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise MiniGLMError(f"不是能用的 GLM 配置：{error}", path=folder / "config.json") from None
 
 
 def load_model(folder: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[GLM, Tokenizer]:

@@ -19,10 +19,10 @@ from miniglm.errors import MiniGLMError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from miniglm.generation import SamplingSettings
     from miniglm.lookup import Answerer
     from miniglm.pipeline import Run
     from miniglm.qa.formats import Example
+    from miniglm.sampling import SamplingSettings
 
 # No telemetry from any library that a verb may load.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -232,7 +232,7 @@ def index(
 def _settings(
     tokenizer: Any, max_new_tokens: int, temperature: float, top_k: int, top_p: float, penalty: float, seed: int
 ) -> SamplingSettings:
-    from miniglm.generation import SamplingSettings
+    from miniglm.sampling import SamplingSettings
 
     try:
         return SamplingSettings(

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
-from miniglm.model import ModelConfig
 
 SPIKE = 1000.0
 """So many times the usual gradient norm is no gradient to follow."""

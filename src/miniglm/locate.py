@@ -4,11 +4,13 @@ that asking a question does not load what reads books, trains and draws."""
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from miniglm.distributed import launch
 from miniglm.errors import MiniGLMError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pick_device(name: str) -> torch.device:
@@ -17,6 +19,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         MiniGLMError: a device that this machine or this build of torch does not have, or too few for the processes.
     """
+    import torch  # who only looks for a folder does without
+
     found = _named(name)
     if found.type != "cpu" and launch.size() > 1:
         have = torch.cuda.device_count() if found.type == "cuda" else 0
@@ -30,6 +34,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def _named(name: str) -> torch.device:
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

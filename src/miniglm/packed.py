@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from miniglm.model import GLM, MLP, DecoderLayer, ModelConfig, RMSNorm, rotary_table
+from miniglm.config import ModelConfig
+from miniglm.model import GLM, MLP, DecoderLayer, RMSNorm, rotary_table
 
 MAX_PACKED = 2**28
 """Bytes of weights that are copied into these layouts; larger models stay as they are, for there the copies cost more

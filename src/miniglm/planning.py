@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
-from miniglm.model import ModelConfig
 from miniglm.recipe import Recipe, StageRecipe
 from miniglm.training import Stage
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from miniglm.errors import MiniGLMError
-from miniglm.files import CHECKSUM, file_digest, read_json, write_whole, written_whole
+from miniglm.files import CHECKSUM, INCOMPLETE, file_digest, read_json, write_whole, written_whole
 
 MAX_HEADER = 100 * 2**20
 """safetensors' own bound on its header, bytes."""
 CHUNK = 2**20
-INCOMPLETE = "这个目录不完整，请重新训练或复制完整的目录"
 DESCRIBING = ("config.json", "tokenizer.json")
 """Files of a model folder without which its weights mean something else; the weights' metadata has their checksums."""
 MAX_SHARD = 5 * 10**9

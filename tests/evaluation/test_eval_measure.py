@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from miniglm.chat import encode_reference, prompt_of
 from miniglm.checkpoint import load_model
+from miniglm.conversation import encode_reference, prompt_of
 from miniglm.evaluation.evaluate import Settings, Subject, reference_nats, self_perplexities
 from miniglm.evaluation.measure import sequence_nats
 from miniglm.evaluation.scores import ratio_interval
@@ -67,7 +67,8 @@ def test_self_perplexity_is_the_reference_formula_without_its_underflow(
     """exp(-log(prod p) / m) as in the reference, where the product is still a number."""
     sampling = Settings(temperature=0.8, top_k=100, seed=7)
     answers, values = self_perplexities(subject, examples[:8], sampling)
-    from miniglm.generation import Engine, SamplingSettings
+    from miniglm.generation import Engine
+    from miniglm.sampling import SamplingSettings
 
     engine, tokenizer = Engine(subject.model), subject.tokenizer
     for number, (example, answer, value) in enumerate(zip(examples, answers, values, strict=False)):

@@ -14,12 +14,14 @@ from interop.texts import ANSWERS, LINES, ROOM, prompts_of
 from running import ROOT
 
 from miniglm.checkpoint import load_model, save_model
+from miniglm.config import ModelConfig
 from miniglm.corpus import catalog
 from miniglm.dataset import Batches, PairRows, read_pairs, write_pairs
-from miniglm.generation import Engine, Generation, SamplingSettings
-from miniglm.model import GLM, ModelConfig
+from miniglm.generation import Engine
+from miniglm.model import GLM
 from miniglm.qa.formats import Example, read_examples
 from miniglm.qa.questions import normalize_question
+from miniglm.sampling import Generation, SamplingSettings
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 from miniglm.training import Stage, train
 

@@ -25,17 +25,18 @@ from tokenizers import processors
 
 from miniglm.chat import answer_questions
 from miniglm.checkpoint import load_model, save_model
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
-from miniglm.generation import SamplingSettings
 from miniglm.interop import adapt
 from miniglm.interop.adapt import Start, finetune_from
 from miniglm.interop.hub import find_model_to_start_from
 from miniglm.interop.lora import adapters, add_adapters, load_adapters, merge_adapters, save_adapters
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.pipeline import Run
 from miniglm.qa.formats import read_examples
 from miniglm.qa.questions import normalize_question
 from miniglm.recipe import load_recipe
+from miniglm.sampling import SamplingSettings
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 from miniglm.training import Interrupted
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from miniglm.checkpoint import load_model
 from miniglm.errors import MiniGLMError
-from miniglm.generation import Engine, SamplingSettings
+from miniglm.generation import Engine
 from miniglm.interop.export import export_model
 from miniglm.interop.gpt2 import convert_checkpoint
+from miniglm.sampling import SamplingSettings
 from miniglm.tokenizer import Tokenizer, train_tokenizer
 
 LAYERS, HEADS, SIZE, CONTEXT, ROWS = 2, 4, 32, 64, 400

@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from interop.texts import ODD, ROOM
 
-from miniglm.chat import messages_of
+from miniglm.config import ModelConfig
+from miniglm.conversation import messages_of
 from miniglm.errors import MiniGLMError
-from miniglm.generation import Generation
 from miniglm.interop.export import FORMATS
 from miniglm.interop.to_gguf import export_gguf
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.qa.formats import Example
+from miniglm.sampling import Generation
 from miniglm.tokenizer import Tokenizer, from_tiktoken
 
 xllamacpp = pytest.importorskip("xllamacpp")

@@ -11,12 +11,13 @@ import torch
 from interop.texts import ROOM, prompts_of
 from numpy.typing import NDArray
 
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
-from miniglm.generation import Generation
 from miniglm.interop import to_onnx
 from miniglm.interop.to_onnx import export_onnx
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.qa.formats import Example
+from miniglm.sampling import Generation
 from miniglm.tokenizer import Tokenizer
 
 onnx = pytest.importorskip("onnx")

@@ -9,10 +9,10 @@ import pytest
 import torch
 from interop.texts import ODD, ROOM, prompts_of
 
-from miniglm.chat import messages_of
-from miniglm.generation import Generation
+from miniglm.conversation import messages_of
 from miniglm.model import GLM
 from miniglm.qa.formats import Example
+from miniglm.sampling import Generation
 from miniglm.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from miniglm.chat import prompt_of
+from miniglm.conversation import prompt_of
 from miniglm.qa.formats import Example
 from miniglm.tokenizer import Tokenizer
 

@@ -10,10 +10,11 @@ import torch
 from served import MODEL, Running, Start, serving
 
 from miniglm.checkpoint import load_model, save_model
+from miniglm.config import ModelConfig
 from miniglm.corpus import Paragraph
 from miniglm.lookup import Answerer
 from miniglm.lookup.build import build_index
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
 from miniglm.serving.book import BookService
 from miniglm.tokenizer import Tokenizer, train_tokenizer

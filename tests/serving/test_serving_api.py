@@ -21,10 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import MODEL, Running, Start, until
 
-from miniglm.chat import Message, answer_questions, fit_prompt
-from miniglm.generation import ContinuousBatch, Engine, Event, SamplingSettings
+from miniglm.chat import answer_questions
+from miniglm.conversation import Message, fit_prompt
+from miniglm.generation import ContinuousBatch, Engine
 from miniglm.model import GLM
 from miniglm.qa.questions import normalize_question
+from miniglm.sampling import Event, SamplingSettings
 from miniglm.serving.engine import load_served
 from miniglm.serving.service import Options, Piece, ServiceError, StopScanner
 from miniglm.serving.settings import Limits

@@ -11,9 +11,10 @@ from openai.types.chat import ChatCompletionMessageParam
 from served import MODEL, Running, Start
 
 from miniglm.chat import answer_questions
-from miniglm.generation import Engine, SamplingSettings
+from miniglm.generation import Engine
 from miniglm.lookup import NOT_FOUND
 from miniglm.model import GLM
+from miniglm.sampling import SamplingSettings
 from miniglm.serving.book import BookService
 from miniglm.serving.settings import Limits
 from miniglm.tokenizer import Tokenizer

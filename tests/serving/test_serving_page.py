@@ -26,8 +26,8 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request,
 from report_sample import make_report
 from served import MODEL, local_service, serving
 
-from miniglm.chat import Message
-from miniglm.checkpoint import read_config
+from miniglm.config import read_config
+from miniglm.conversation import Message
 from miniglm.corpus import Paragraph
 from miniglm.lookup import Answerer, with_sources
 from miniglm.lookup.build import build_index

@@ -338,5 +338,21 @@ def test_the_engine_ends_with_a_server_that_cannot_start(model_folder: Path, mon
     assert set(multiprocessing.active_children()) <= processes
 
 
+def test_the_servers_own_process_does_without_torch(model_folder: Path) -> None:
+    """It is the engine's that needs it: 160 MB, and two seconds at the start."""
+    code = """
+import sys
+from pathlib import Path
+from miniglm.serving import app, guards, server, settings
+
+service = server._open_service(Path(sys.argv[1]), None, None, settings.Limits(), "cpu")
+app.create_app(service, service.limits, guards.State(), run=Path(sys.argv[1]))
+service.close(0.0)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(model_folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_model_is_named_after_its_run(tmp_path: Path) -> None:
     assert model_name(tmp_path / "红楼梦") == model_name(tmp_path / "红楼梦" / "model") == "红楼梦"

@@ -19,9 +19,11 @@ import pytest
 import torch
 from served import until
 
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
-from miniglm.generation import Engine, Generation, SamplingSettings
-from miniglm.model import GLM, ModelConfig
+from miniglm.generation import Engine
+from miniglm.model import GLM
+from miniglm.sampling import Generation, SamplingSettings
 from miniglm.serving.settings import Limits
 from miniglm.serving.worker import QueueFull, ShuttingDown, Worker
 

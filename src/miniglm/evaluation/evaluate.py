@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from miniglm import __version__
-from miniglm.chat import encode_reference, prompt_of
+from miniglm.conversation import encode_reference, prompt_of
 from miniglm.corpus.reading import read_lines
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.baseline import NearestQuestion
@@ -40,12 +40,13 @@ from miniglm.files import (
     write_json,
     write_whole,
 )
-from miniglm.generation import Engine, SamplingSettings
+from miniglm.generation import Engine
 from miniglm.lookup.answer import Answerer, with_sources
 from miniglm.lookup.measure import answer_all, measure
 from miniglm.model import GLM
 from miniglm.qa.formats import Example, Turn
 from miniglm.qa.spread import spread
+from miniglm.sampling import SamplingSettings
 from miniglm.tokenizer import Tokenizer
 from miniglm.weights import weight_files
 

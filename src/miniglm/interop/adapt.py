@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniglm.checkpoint import load_model, read_config, save_model
+from miniglm.checkpoint import load_model, save_model
+from miniglm.config import read_config
 from miniglm.dataset import Batches, PairRows, TextRows, read_pairs
 from miniglm.distributed.choice import sharded_if
 from miniglm.distributed.team import on_first, tell

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from miniglm import __version__
-from miniglm.checkpoint import read_config
+from miniglm.config import ModelConfig, read_config
 from miniglm.errors import MiniGLMError
 from miniglm.evaluation.summary import SCORES
 from miniglm.files import write_whole
 from miniglm.locate import find_model
-from miniglm.model import ModelConfig
 from miniglm.pipeline import read_report
 from miniglm.recipe import DEFAULT_BOOK, Recipe, default_qa, load_recipe
 

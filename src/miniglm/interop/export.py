@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from miniglm.checkpoint import load_model, read_config
+from miniglm.checkpoint import load_model
+from miniglm.config import read_config
 from miniglm.errors import MiniGLMError
 from miniglm.locate import find_model
 

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.tokenizer import Tokenizer, load_gpt2_tokenizer
 from miniglm.weights import give_memory, read_safetensors, save_weights, weight_files
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
 from miniglm.files import write_whole, written_whole
-from miniglm.model import GLM, ModelConfig
+from miniglm.model import GLM
 from miniglm.tokenizer import CHAT_TEMPLATE, PATTERN, Tokenizer
 
 if TYPE_CHECKING:

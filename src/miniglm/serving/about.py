@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from miniglm.checkpoint import read_config
+from miniglm.config import read_config
 from miniglm.errors import MiniGLMError
 from miniglm.locate import find_model
 from miniglm.qa.formats import read_examples

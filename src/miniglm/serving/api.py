@@ -28,8 +28,8 @@ from miniglm.serving.service import Answering, Delta, LocalService, Options, Quo
 from miniglm.serving.settings import Limits
 
 if TYPE_CHECKING:
-    from miniglm.chat import Message
-    from miniglm.generation import Token
+    from miniglm.conversation import Message
+    from miniglm.sampling import Token
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from miniglm.chat import Message, asked
+from miniglm.conversation import Message, asked
 from miniglm.serving.service import Options, Piece, ServiceError
 
 if TYPE_CHECKING:

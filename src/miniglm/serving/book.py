@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from miniglm.chat import Message
+from miniglm.conversation import Message
 from miniglm.lookup import Answer, Answerer
 from miniglm.qa.questions import normalize_question
 

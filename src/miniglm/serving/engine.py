@@ -3,7 +3,8 @@
 In the server's own process the two would take turns: a step of a small model is some hundred short calls, and while one
 thread of Python makes them, no other can answer a connection.
 
-Knows tokens only: nothing of text, HTTP or pages. The other end of the pipe is worker.py's.
+Knows tokens only: nothing of text, HTTP or pages. The other end of the pipe is worker.py's: the server's process imports
+this module too, to begin it, so torch is loaded only where it runs (160 MB, two seconds).
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from miniglm.errors import MiniGLMError
-from miniglm.generation import ContinuousBatch, Event, SamplingSettings, Token
-from miniglm.model import GLM
+from miniglm.sampling import Event, SamplingSettings, Token
+
+if TYPE_CHECKING:
+    from miniglm.generation import ContinuousBatch
+    from miniglm.model import GLM
 
 PREFILL_TOKENS = 1024
 """Prompt tokens read in one step: what runs waits for them, a few hundredths of a second on a laptop."""
@@ -127,6 +131,8 @@ class _Engine:
         threading.Thread(target=self._receive, daemon=True).start()
 
     def _new_batch(self) -> ContinuousBatch:
+        from miniglm.generation import ContinuousBatch
+
         return ContinuousBatch(self.model, self.slots)
 
     def _receive(self) -> None:

@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from miniglm.chat import Message, asked, fit_prompt
-from miniglm.generation import SamplingSettings
+from miniglm.conversation import Message, asked, fit_prompt
+from miniglm.sampling import SamplingSettings
 from miniglm.serving.worker import QueueFull, Request, ShuttingDown, Worker
 from miniglm.tokenizer import StreamingDetokenizer, Tokenizer
 
 if TYPE_CHECKING:
-    from miniglm.generation import Token
+    from miniglm.sampling import Token
 
 SHORT = 2000
 """Characters that are tokenized in less time than another thread takes to begin, a millisecond at most."""

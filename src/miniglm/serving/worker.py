@@ -16,12 +16,15 @@ import signal
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from miniglm.errors import MiniGLMError
-from miniglm.generation import SamplingSettings, Token
-from miniglm.model import GLM
+from miniglm.sampling import SamplingSettings, Token
 from miniglm.serving.engine import Add, Drop, News, Order, Ready, run_engine
 from miniglm.serving.settings import Limits
+
+if TYPE_CHECKING:
+    from miniglm.model import GLM
 
 log = logging.getLogger(__name__)
 
