@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -215,6 +216,28 @@ def test_a_model_that_cannot_be_loaded_is_said_in_one_line() -> None:
         with pytest.raises(ShuttingDown):
             worker.submit([1], ENDLESS)
         worker.close(0.0)
+
+
+def while_it_is_there(file: Path) -> GLM:
+    if not file.exists():
+        raise MiniGLMError("没有这个文件", path=file)
+    return make_model()
+
+
+def test_a_model_that_is_gone_when_the_process_dies_is_said_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "weights"
+    file.touch()
+    worker = Worker(partial(while_it_is_there, file))
+    worker.ready()
+    file.unlink()
+    worker._process.kill()
+    until(lambda: worker._closing, "it gives up")
+    with pytest.raises(ShuttingDown):
+        worker.submit([1], ENDLESS)
+    assert str(file) in caplog.text
+    worker.close(0.0)
 
 
 OWNER = """

@@ -250,6 +250,8 @@ class Worker:
                     return
                 continue
             if isinstance(news, Ready | MiniGLMError):
+                if self._first is not None and isinstance(news, MiniGLMError):  # the folder has changed since
+                    log.error("%s", news)
                 with self._change:
                     self._first = news
                     self._change.notify_all()
