@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from miniglm.errors import MiniGLMError
-from miniglm.planning import Plan, choose_precision, plan
+from miniglm.planning import Plan, choose_precision, choose_size, plan
 from miniglm.recipe import load_recipe
 
 
@@ -23,6 +23,13 @@ def made(precision: str = "float32", has_pairs: bool = True, **model: int) -> Pl
         seconds=540.0,
         has_pairs=has_pairs,
     )
+
+
+def test_sizes_that_were_measured_to_be_the_better_ones() -> None:
+    """docs/how-minutes-work.md: one novel, 155 GFLOP/s, of which the training gets these minutes."""
+    for minutes, expected in ((7.3, (192, 4)), (51.0, (256, 4))):
+        assert choose_size(0.6 * 155e9 * 60 * minutes, 594_605, 4_608) == expected
+    assert choose_size(1e20, 10 * 594_605, 8_192) > choose_size(1e20, 594_605, 4_608)  # more text, larger models
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -23,8 +23,9 @@ UTILISATION = 0.6
 PARAMETERS_PER_ROOT_FLOP = 0.36
 """Weights for a budget of C operations: this times sqrt(C), so that tokens and weights grow alike
 (Hoffmann et al. 2022, arXiv:2203.15556); the factor is measured for one novel read several times."""
-PARAMETERS_PER_CHARACTER = 20.0
-"""More weights than this for each character of the corpus only learn it by heart."""
+PARAMETERS_PER_CHARACTER = 8.0
+"""More weights than this for each character of the corpus only learn it by heart: 7 of them get worse from the eighth
+pass over the text on, and 13 answered fewer questions after the same hour (docs/how-minutes-work.md)."""
 PRETRAIN_SHARE = 0.45
 """Share of the training time that the novel's text gets before the questions come."""
 TEXT_SHARE = 0.125
