@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import psutil
@@ -21,12 +22,18 @@ PRELOAD = ["pytest", "psutil", "miniglm.pipeline", "small_runs", "test_data_para
 """Imported once, before the forks."""
 
 
+def forking() -> ForkServerContext:
+    """Forks a process in which torch has run nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
 def together(size: int, work: Callable[..., Any], *arguments: Any, seconds: float = 180) -> None:
     """Calls `work(*arguments)` in `size` processes that have met; each must end well. `work` stands in a module."""
     # The parent's store, on a port that the system chose: nobody else can take it in between.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    context = multiprocessing.get_context("forkserver")  # of a process in which torch has run nothing
-    context.set_forkserver_preload(PRELOAD)
+    context = forking()
     processes = [context.Process(target=_enter, args=(r, size, store.port, work, arguments)) for r in range(size)]
     for process in processes:
         process.start()

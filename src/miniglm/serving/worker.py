@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+CONTEXT = multiprocessing.get_context("spawn")  # a fork would take torch's threads along as they happen to be
 END_SECONDS = 5.0
 """For the engine's process to end by itself; a step takes a fraction of it."""
 
@@ -160,9 +161,8 @@ class Worker:
         atexit.register(self.close, 0.0)  # before multiprocessing waits for its processes
 
     def _begin(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would take torch's threads along as they happen to be
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=run_engine, args=(theirs, self._load, self.limits.slots), daemon=True)
+        self._pipe, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=run_engine, args=(theirs, self._load, self.limits.slots), daemon=True)
         with _no_interrupts():
             self._process.start()
         theirs.close()
