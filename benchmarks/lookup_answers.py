@@ -12,12 +12,13 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from lookup_quality import ROOT, outside_tests
+
 from miniglm.lookup.answer import Answer, Answerer
 from miniglm.lookup.measure import shows_evidence
 from miniglm.qa.formats import Example, read_examples
 from miniglm.qa.keys import holds_keys
 
-ROOT = Path(__file__).parent.parent / "data" / "sanguo"
 KINDS = {"fact": "教过的事实", "quote": "引用原文", "both": "两个都给", "refused": "没有找到"}
 SHOWN = 2
 """Citations of each."""
@@ -53,15 +54,10 @@ def main() -> None:
     given = parser.parse_args()
     answerer, numbers, number = Answerer(given.run / "index"), random.Random(given.seed), 0
     validation, unseen = (read_examples(ROOT / name).examples for name in ("val.jsonl", "unseen.jsonl"))
-    tests = [
-        example
-        for example in read_examples(ROOT / "outside.jsonl", need_answer=False).examples
-        if example.extra.get("part") == "test"
-    ]
     parts: list[tuple[str, list[Example], int, Callable[[Example, Answer], str]]] = [
         ("验证题：教过的事实，没见过的问法", validation, 12, judged),
         ("没教过的题：只有书里讲到", unseen, 12, judged),
-        ("书外的题：应当拒答", tests, 6, outside),
+        ("书外的题：应当拒答", outside_tests(), 6, outside),
     ]
     print(HEAD.format(run=f"runs/{given.run.name}", seed=given.seed, what=given.what), end="")
     for title, examples, count, judge in parts:

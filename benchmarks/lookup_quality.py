@@ -34,6 +34,12 @@ def shares(values: list[bool]) -> dict[str, float]:
     return {"mean": found.mean, "low": found.low, "high": found.high, "count": len(values)}
 
 
+def outside_tests() -> list[Example]:
+    """The questions from outside the book that only measure."""
+    outside = read_examples(ROOT / "outside.jsonl", need_answer=False).examples
+    return [e for e in outside if e.extra["part"] == "test"]
+
+
 def fact_orders(answerer: Answerer, found: Look) -> dict[str, list[int]]:
     """The first five facts by each way of choosing."""
     memory, query = answerer.memory, found.query
@@ -84,8 +90,7 @@ def quality(run: Path) -> dict[str, Any]:
     answerer = Answerer(run / "index")
     val = read_examples(ROOT / "val.jsonl").examples
     unseen = read_examples(ROOT / "unseen.jsonl").examples
-    outside = read_examples(ROOT / "outside.jsonl", need_answer=False).examples
-    test = [e for e in outside if e.extra["part"] == "test"]
+    test = outside_tests()
     table: dict[str, dict[str, Any]] = {}
 
     def add(row: str, column: str, values: list[bool]) -> None:

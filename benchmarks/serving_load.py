@@ -167,8 +167,8 @@ from pathlib import Path
 import miniglm.cli  # sets what the command line sets
 from miniglm.chat import ChatSession
 from miniglm.checkpoint import load_model
-from miniglm.sampling import SamplingSettings
 from miniglm.locate import find_model
+from miniglm.sampling import SamplingSettings
 
 model, tokenizer = load_model(find_model(Path(sys.argv[1])))
 session = ChatSession(model, tokenizer, SamplingSettings(stop_ids=tokenizer.stop_ids))

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from miniglm.generation import ContinuousBatch
 from miniglm.model import GLM
+from miniglm.sampling import Event
 from miniglm.serving.app import create_app
 from miniglm.serving.book import BookService
 from miniglm.serving.engine import load_served
@@ -42,6 +44,21 @@ def local_service(folder: Path, limits: Limits, load: Callable[[], GLM] | None =
     """A model folder's model, its engine at work; to be closed."""
     worker = Worker(load or partial(load_served, folder, "cpu"), limits)
     return LocalService(MODEL, Tokenizer.load(folder), worker)
+
+
+def slow(load: Callable[[], GLM], steps: Path) -> GLM:
+    """A model, in a process that has nothing else to do, whose steps are slow, so that they can be counted whatever else
+    the machine does; each leaves a byte in `steps`."""
+    step = ContinuousBatch.step
+
+    def slow_step(batch: ContinuousBatch) -> list[Event]:
+        time.sleep(0.4)
+        with steps.open("ab") as file:
+            file.write(b".")
+        return step(batch)
+
+    ContinuousBatch.step = slow_step  # type: ignore[assignment]
+    return load()
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ PRELOAD = ["pytest", "psutil", "miniglm.pipeline", "small_runs", "test_data_para
 
 
 def forking() -> ForkServerContext:
-    """Forks a process in which torch has run nothing."""
+    """What forks processes from one in which torch has run nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     return context

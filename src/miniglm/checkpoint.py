@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from miniglm import __version__
-from miniglm.config import read_config
+from miniglm.config import INCOMPLETE, read_config
 from miniglm.errors import MiniGLMError
 from miniglm.files import (
-    INCOMPLETE,
     TEMPORARY,
     clean_temporaries,
     file_digest,

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from miniglm.errors import MiniGLMError
-from miniglm.files import INCOMPLETE, read_json
+from miniglm.files import read_json
+
+INCOMPLETE = "这个目录不完整，请重新训练或复制完整的目录"
+"""How to mend a model folder that lacks something."""
 
 
 @dataclass(frozen=True, slots=True)

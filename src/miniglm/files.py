@@ -21,8 +21,6 @@ TEMPORARY = ".miniglm-tmp-"
 """How the names of files begin that are not yet whole."""
 
 
-INCOMPLETE = "这个目录不完整，请重新训练或复制完整的目录"
-"""How to mend a model folder that lacks something."""
 CHECKSUM = "sha256"
 """The key under which a JSON object of ours holds the checksum of everything else in it."""
 

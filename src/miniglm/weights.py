@@ -16,8 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from miniglm.config import INCOMPLETE
 from miniglm.errors import MiniGLMError
-from miniglm.files import CHECKSUM, INCOMPLETE, file_digest, read_json, write_whole, written_whole
+from miniglm.files import CHECKSUM, file_digest, read_json, write_whole, written_whole
 
 MAX_HEADER = 100 * 2**20
 """safetensors' own bound on its header, bytes."""

@@ -8,7 +8,6 @@ import re
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -19,14 +18,14 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import MODEL, Running, Start, until
+from served import MODEL, Running, Start, slow, until
 
 from miniglm.chat import answer_questions
 from miniglm.conversation import Message, fit_prompt
-from miniglm.generation import ContinuousBatch, Engine
+from miniglm.generation import Engine
 from miniglm.model import GLM
 from miniglm.qa.questions import normalize_question
-from miniglm.sampling import Event, SamplingSettings
+from miniglm.sampling import SamplingSettings
 from miniglm.serving.engine import load_served
 from miniglm.serving.service import Options, Piece, ServiceError, StopScanner
 from miniglm.serving.settings import Limits
@@ -236,24 +235,12 @@ def test_a_client_that_goes_stops_its_answer(start: Start, stream: bool) -> None
         assert worker.tokens - made <= 4
 
 
-def slow_model(folder: Path, steps: Path) -> GLM:
-    """Steps are made slow, so that they can be counted whatever else the machine does; each leaves a byte in `steps`."""
-    step = ContinuousBatch.step
-
-    def slow(batch: ContinuousBatch) -> list[Event]:
-        time.sleep(0.4)
-        with steps.open("ab") as file:
-            file.write(b".")
-        return step(batch)
-
-    ContinuousBatch.step = slow  # type: ignore[assignment]  # in a process that has nothing else to do
-    return load_served(folder, "cpu")
-
-
 def test_closing_the_connection_ends_it_within_two_steps(model_folder: Path, start: Start, tmp_path: Path) -> None:
     steps = tmp_path / "steps"
     steps.touch()
-    with start(Limits(max_tokens=10**6), load=partial(slow_model, model_folder, steps)) as running:
+    with start(
+        Limits(max_tokens=10**6), load=partial(slow, partial(load_served, model_folder, "cpu"), steps)
+    ) as running:
         body = json.dumps({"model": MODEL, "stream": True} | ENDLESS).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
         with socket.create_connection(("127.0.0.1", running.port)) as client:

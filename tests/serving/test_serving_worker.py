@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from served import until
+from served import slow, until
 
 from miniglm.config import ModelConfig
 from miniglm.errors import MiniGLMError
@@ -156,6 +156,18 @@ def test_a_request_whose_reader_has_gone_is_dropped(worker: Worker) -> None:
     asyncio.run(leave(True))
     asyncio.run(leave(False))
     assert len(list(worker.submit([1], SamplingSettings(max_new_tokens=3)))) == 3
+
+
+def test_it_is_dropped_at_the_next_step(tmp_path: Path) -> None:
+    worker = Worker(partial(slow, make_model, tmp_path / "steps"))
+    request = worker.submit([1], ENDLESS)
+    next(iter_tokens(request))
+    before = worker.tokens
+    request.cancel()
+    until(lambda: request.finish_reason is not None, "it ends")
+    assert request.finish_reason == "cancelled"
+    assert worker.tokens - before <= 1  # the engine may be in the middle of a step
+    worker.close(0.0)
 
 
 def test_a_failure_in_the_engine_reaches_its_requests_and_the_next_is_served(worker: Worker) -> None:
