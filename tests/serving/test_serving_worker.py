@@ -179,6 +179,8 @@ def test_a_failure_in_the_engine_reaches_its_requests_and_the_next_is_served(wor
 def test_closing_finishes_what_runs_and_drops_it_after_the_time() -> None:
     worker = Worker(make_model, Limits(slots=2, queue=2))
     worker.ready()
+    join, asking = worker._process.join, []
+    worker._process.join = lambda *args: (asking.append(threading.current_thread()), join(*args))  # type: ignore
     short, endless = worker.submit([1], SamplingSettings(max_new_tokens=30)), worker.submit([2], ENDLESS)
     begun = time.monotonic()
     closing = threading.Thread(target=worker.close, args=(1.0,))
@@ -191,6 +193,7 @@ def test_closing_finishes_what_runs_and_drops_it_after_the_time() -> None:
     with pytest.raises(ShuttingDown):
         worker.submit([1], ENDLESS)
     assert not worker._thread.is_alive() and worker._process.exitcode == 0
+    assert asking == [worker._thread]  # of two threads that wait for a forked process, one is told that it failed
 
 
 def test_a_process_that_dies_fails_its_requests_and_another_one_follows() -> None:

@@ -223,7 +223,8 @@ class Worker:
                 self._change.wait_for(lambda: not self._open, END_SECONDS)
             self._send(None)
             loading = self._first is None
-        self._process.join(0.0 if loading else END_SECONDS)
+        # Only that thread asks how the process ended: of two that ask at once, one may be told nothing, or nonsense.
+        self._thread.join(0.0 if loading else END_SECONDS)
         self._process.kill()
         self._thread.join()
         atexit.unregister(self.close)
