@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 EXTRAS := epub,eval,serve
-# Further arguments: make demo ARGS="--minutes 30", make install PIP_FLAGS="--index-url https://…"
+# Further arguments: make demo ARGS="--minutes 30 --out runs/half", make install PIP_FLAGS="--index-url https://…"
 ARGS ?=
 PIP_FLAGS ?=
 

@@ -38,6 +38,18 @@ def test_a_second_demo_trains_nothing(material: Path, finished: Path) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in finished.rglob("*.safetensors")}
 
 
+def test_more_minutes_for_a_finished_run_are_said_to_change_nothing(
+    material: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    plan = (tmp_path / "run" / "plan.json").read_bytes()
+    for _ in range(2):
+        done = miniglm(*demo(material, tmp_path / "run"), "--minutes", "30")
+        assert done.returncode == 0
+        assert done.stderr.count("不会因为改了时长再训练（run.minutes：没有设 → 30）") == 1 and "--out" in done.stderr
+        assert (tmp_path / "run" / "plan.json").read_bytes() == plan
+
+
 def test_the_finished_run_answers_and_continues(finished: Path, material: Path, tmp_path: Path) -> None:
     assert miniglm("ask", finished, "刘备字什么").returncode == 0
     done = miniglm("sample", finished, "--start", "却说曹操", "--max-new-tokens", "20", "--num-samples", "2")

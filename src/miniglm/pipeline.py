@@ -421,6 +421,15 @@ def _make_plan(run: Run, seconds: float | None) -> Plan:
     known = read_plan(path) if path.exists() else None
     if known is not None and known.recipe_lengths == lengths(run.recipe):
         return known
+    if known is not None and _trained(run, has_pairs=meta["train_pairs"] > 0):
+        before, after = _flat(known.recipe_lengths), _flat(lengths(run.recipe))
+        changed = "；".join(
+            f"{'run.' * (key == 'minutes')}{key}：{_set(before.get(key))} → {_set(after[key])}"
+            for key in after
+            if before.get(key) != after[key]
+        )
+        say(f"这个运行已经训练完，不会因为改了时长再训练（{changed}）；要重新训练，换一个 --out 目录")
+        return known
     precision = known.pretrain.precision if known is not None else choose_precision(run.device)
     # The rule's constants were settled with float32's speed on CPUs, whatever these train in.
     counted = "float32" if run.device.type == "cpu" else precision
@@ -443,6 +452,16 @@ def _make_plan(run: Run, seconds: float | None) -> Plan:
         f"宽 {made.model.hidden_size}、{made.model.num_parameters / 1e6:.1f} 百万参数，上下文 {made.context}"
     )
     return made
+
+
+def _set(value: float | None) -> str:
+    return "没有设" if value is None else f"{value:g}"
+
+
+def _trained(run: Run, *, has_pairs: bool) -> bool:
+    """Whether both stages are over, the second where there is something to finetune on."""
+    over = [run.path / name / "done.json" for name in ("pretrain", *(("finetune",) if has_pairs else ()))]
+    return all(path.exists() for path in over) and has_weights(run.path / "model")
 
 
 def train_stage(
