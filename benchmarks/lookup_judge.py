@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 from miniglm.files import write_whole
-from miniglm.lookup.build import learn, locate_all, withhold
+from miniglm.lookup.build import learn, locate_all
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.library import Library
+from miniglm.lookup.withheld import withhold
 from miniglm.pipeline import Run, examples, paragraphs_of
 
 SHIPPED = Path(__file__).parent.parent / "src" / "miniglm" / "lookup" / "judge.json"

@@ -45,7 +45,7 @@ def fact_orders(answerer: Answerer, found: Look) -> dict[str, list[int]]:
     memory, query = answerer.memory, found.query
     told = memory.told.scores(query.grams)
     cosine = np.asarray(memory.vectors["together"] @ query.vector)
-    best = found.facts.numbers[ranked(answerer.judge.fact_ranker(found.facts.features))]
+    best = found.facts.numbers[ranked(answerer.scores(found).facts)]
     return {
         "BM25": np.argsort(-told, kind="stable")[:5].tolist(),
         "encoder": np.argsort(-cosine, kind="stable")[:5].tolist(),
@@ -76,7 +76,7 @@ def passage_orders(answerer: Answerer, found: Look) -> dict[str, list[str]]:
     bm25 = sorted(range(len(hits)), key=lambda i: -hits[i][1])
     dense = sorted(range(len(hits)), key=lambda i: -np.nan_to_num(hits[i][2], nan=-1))
     own, own_starts = [p.text for p in found.texts], [(p.paragraph, p.start) for p in found.texts]
-    best = ranked(answerer.judge.passage_ranker(found.passages.features)).tolist()
+    best = ranked(answerer.scores(found).passages).tolist()
     return {
         "BM25": apart(texts, starts, bm25),
         "encoder": apart(texts, starts, dense),
@@ -125,7 +125,7 @@ def quality(run: Path) -> dict[str, Any]:
             continue
         given |= {f"{name} keys": found["key_accuracy"], f"{name} keys shown": found["key_shown"]}
         given |= {f"{name} evidence in 5": found["evidence_shown"], f"{name} both": found["both"]}
-        given |= {f"{name} two facts": found["two_facts"]}
+        given |= {f"{name} two facts": found["two_facts"], f"{name} two passages": found["two_passages"]}
         given |= {f"{name} evidence in 5, without what is around": found["evidence_quoted"]}
         given |= {f"{name} characters": found["characters"]}
         ways = [fact_orders(answerer, one) for one in looks] if name == "val" else []

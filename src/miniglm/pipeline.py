@@ -638,19 +638,21 @@ def index(run: Run) -> None:
         return
     if has_index(run.path / "index"):
         say("查找的索引是别的版本建的，重新建")
-    from miniglm.lookup.build import MOST_TEXT, build_index
+    from miniglm.lookup.build import build_index
+    from miniglm.lookup.pairs import MOST_TEXT
     from miniglm.lookup.texts import text_parts, text_sample
 
     begun = time.monotonic()
     texts = run.path / "texts" if run.recipe.corpus.look_up_texts else None
     outside = [e.question for e in examples(run, "outside") if e.extra.get("part") != "test"]
-    with count_bar("查找的编码器", 100) as bar:
+    with count_bar("查找", 100) as bar:
         made = build_index(
             paragraphs_of(run),
             examples(run, "train"),
             outside,
             run.path / "index",
             seconds=seconds_of(ENCODER, run.recipe.run.minutes or 10),
+            seconds_reranking=reranking_seconds(run.recipe.run.minutes or 10),
             seed=run.recipe.run.seed,
             texts=text_parts(texts) if texts else (),
             sample=text_sample(texts, MOST_TEXT // 2) if texts else (),
@@ -822,6 +824,10 @@ SCORING = (0.12, 28.0, 240.0)
 answers all questions in 100 s on two cores."""
 ENCODER = (0.1, 2.0, 240.0)
 """The same for what the look-up's encoder may learn in."""
+RERANKING = (0.18, 0.0, 660.0)
+"""The same for the rerankers."""
+RERANKED = 45.0
+"""Minutes from which on there are rerankers."""
 INDEXING = (0.05, 20.0, 60.0)
 """The same for the rest of the index, its vectors and learning to choose."""
 ALL_QUESTIONS = 10.0
@@ -849,7 +855,13 @@ def seconds_kept(minutes: float, *, index: bool) -> float:
     Args:
         index: there is one to be built.
     """
-    return sum(seconds_of(part, minutes) for part in (SCORING, *((ENCODER, INDEXING) if index else ())))
+    kept = sum(seconds_of(part, minutes) for part in (SCORING, *((ENCODER, INDEXING) if index else ())))
+    return kept + (reranking_seconds(minutes) if index else 0.0)
+
+
+def reranking_seconds(minutes: float) -> float:
+    """For the look-up's rerankers in a run of so many minutes."""
+    return seconds_of(RERANKING, minutes) if minutes >= RERANKED else 0.0
 
 
 def demo(run: Run, begun: float) -> None:

@@ -16,12 +16,13 @@ from miniglm.corpus import Paragraph
 from miniglm.errors import MiniGLMError
 from miniglm.lookup import NOT_FOUND, Answerer, build
 from miniglm.lookup.answer import with_sources
-from miniglm.lookup.build import build_index, withhold
+from miniglm.lookup.build import build_index
 from miniglm.lookup.encoder import DIMENSIONS, Encoder
 from miniglm.lookup.facts import facts_of, locate
 from miniglm.lookup.library import Library, build_library, parts_of
 from miniglm.lookup.look import likely
 from miniglm.lookup.text import plain
+from miniglm.lookup.withheld import withhold
 from miniglm.qa.formats import Example, Turn, read_examples
 
 STORY = [

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from miniglm.errors import MiniGLMError
 from miniglm.lookup.encoder import Encoder
@@ -19,14 +20,34 @@ from miniglm.lookup.facts import Memory
 from miniglm.lookup.fault import damaged
 from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Passage
-from miniglm.lookup.look import Judge, Look, in_doubt, likely, look, ranked, share_of, signals
+from miniglm.lookup.look import (
+    Judge,
+    Look,
+    Scores,
+    in_doubt,
+    likely,
+    linear_scores,
+    look,
+    ranked,
+    reranked,
+    share_of,
+    signals,
+)
+from miniglm.lookup.reranker import Rerankers
+from miniglm.lookup.text import plain_with_places, sentences
 
 NOT_FOUND = "书中没有找到相关内容"
 SHOWN = 5
 """Citations of an answer at most."""
+PART = 90
+"""Characters that each of two quotes has at most, a longer sentence aside. docs/lookup.md has what more and less would
+do."""
 WINDOW = 250
 """Characters that a citation has at most around the passage it is about, a longer passage aside."""
-FORMAT = 3
+FORMAT, READABLE = 4, (3, 4)
+"""What is written, and what is read: 3 had no rerankers."""
+RERANKER = "reranker"
+"""Where in an index the rerankers lie, if it has some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +102,7 @@ class Answer:
 
     Attributes:
         statements: one, or, where it is not clear whether the fact or the passage answers, both, the likelier first;
-            and two facts where it is not clear which of them.
+            and two facts, or two passages, where it is not clear which of them.
         citations: those of the statements first.
         kind: "fact" (the answers of taught facts), "quote" (the book's own words), "both", "refused" (`NOT_FOUND`).
         confidence: how sure it is that the text is right, or of a refusal that the book tells nothing, 0 to 1.
@@ -122,14 +143,18 @@ def has_index(folder: Path) -> bool:
     return (folder / "index.json").is_file()
 
 
-def _format(folder: Path) -> Any:
-    return json.loads((folder / "index.json").read_text("utf-8"))["format"]
+def _about(folder: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((folder / "index.json").read_text("utf-8"))
+    if (form := about["format"]) not in READABLE:
+        raise ValueError(f"格式是 {form}，这个版本认 {'、'.join(map(str, READABLE))}")
+    return about
 
 
 def is_current(folder: Path) -> bool:
     """Whether the index in the folder is one that this version reads."""
     try:
-        return bool(_format(folder) == FORMAT)
+        _about(folder)
+        return True
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -153,14 +178,14 @@ class Answerer:
         if not has_index(folder):
             raise MiniGLMError("这里没有检索的索引", path=folder, fix="先运行 miniglm index")
         try:
-            if (form := _format(folder)) != FORMAT:
-                raise ValueError(f"格式是 {form}，这个版本只认 {FORMAT}")
+            about = _about(folder)
             self.judge = Judge.from_json(json.loads((folder / "judge.json").read_text("utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(f"检索的索引读不出来（{error}）", folder) from None
         self.encoder = Encoder.load(folder / "encoder")
         self.library = Library(folder / "books")
         self.memory = Memory.load(folder / "facts")
+        self.rerankers = Rerankers.load(folder / RERANKER) if about.get("reranked") else None
         self._sources = Sources(self.encoder, self.memory, self.library)
 
     def answer(self, question: str) -> Answer:
@@ -172,11 +197,20 @@ class Answerer:
         """What both memories have for the question."""
         return look(question, self._sources)
 
+    def scores(self, found: Look) -> Scores:
+        """Of what was found, by what the index has: rerankers, or linear rankers alone."""
+        rankers = (self.judge.fact_ranker, self.judge.passage_ranker)
+        if self.rerankers is None:
+            return linear_scores(found, *rankers)
+        scores = reranked(found, *rankers, self._sources, self.rerankers)
+        return scores.cooled(self.judge.fact_temperature, self.judge.passage_temperature)
+
     def decide(self, found: Look) -> Answer:
         """The answer to a question from what was found for it."""
         judge = self.judge
-        facts, passages = judge.fact_ranker(found.facts.features), judge.passage_ranker(found.passages.features)
-        full, plain = signals(found, facts, passages)
+        scores = self.scores(found)
+        facts, passages = scores.facts, scores.passages
+        full, plain = signals(found, scores)
         inside, threshold = (
             (judge.inside(full), judge.threshold)
             if len(facts)
@@ -187,7 +221,8 @@ class Answerer:
         order = ranked(passages)
         shares = np.exp(passages[order] - passages[order[0]]) if len(order) else np.zeros(0)
         shares = shares / max(float(shares.sum()), 1e-9)
-        shown = [(found.texts[place], float(share) * sure_quote) for place, share in zip(order, shares, strict=True)]
+        shares_of = {int(place): float(share) * sure_quote for place, share in zip(order, shares, strict=True)}
+        shown = [(found.texts[place], share) for place, share in shares_of.items()]
         if inside < threshold or not (len(facts) or len(shown)):
             cited = self._cite((), shown)
             return Answer((Statement(NOT_FOUND),), cited, "refused", 1 - float(share_of(inside - threshold)))
@@ -196,8 +231,9 @@ class Answerer:
         said: list[tuple[str, Passage | None, bool]] = []
         first: list[tuple[Passage, float]] = []
         if shown and (unsure or chance < 0.5):
-            said.append((shown[0][0].text, shown[0][0], True))
-            first.append(shown[0])
+            for candidate, quoted in quotes(found, scores):
+                said.append((quoted.text, quoted, True))
+                first.append((quoted, shares_of[candidate]))
         if not said or unsure:
             told = likely(facts)
             place = 0 if chance >= 0.5 else len(said)
@@ -248,6 +284,40 @@ class Answerer:
             if len(kept) == SHOWN:
                 break
         return tuple(kept)
+
+
+def quotes(found: Look, scores: Scores) -> list[tuple[int, Passage]]:
+    """The passages to quote, each with its place among those found: the best one; or, where the next that shares no
+    text with it is not so much less likely that it need not be shown, and a reranker has read both, of each of the two
+    the sentences that most likely hold the answer."""
+    order = ranked(scores.passages).tolist()
+    if not order:
+        return []
+    best = order[0]
+    text = found.texts[best]
+    second = next((n for n in order[1:] if n in scores.answers and not _share_text(found.texts[n], text)), None)
+    unsure = second is not None and in_doubt(share_of(scores.passages[best] - scores.passages[second]))
+    if second is None or not unsure:
+        return [(best, text)]
+    return [(n, narrowed(found.texts[n], scores.answers[n])) for n in (best, second)]
+
+
+def narrowed(passage: Passage, shares: NDArray[np.float32]) -> Passage:
+    """Of a passage the run of whole sentences of at most `PART` characters that holds most of these shares, the longer
+    of equal ones; at least one sentence."""
+    cut = sentences(passage.text)
+    bounds = np.array([start for start, _ in cut] + [len(passage.text)], dtype=np.int64)
+    _, places = plain_with_places(passage.text, bounds)
+    held = np.concatenate([[0.0], np.cumsum(shares)])[np.minimum(places, len(shares))]
+    runs = [
+        (first, last)
+        for first in range(len(cut))
+        for last in range(first, len(cut))
+        if last == first or cut[last][1] - cut[first][0] <= PART
+    ]
+    first, last = max(runs, key=lambda run: (round(float(held[run[1] + 1] - held[run[0]]), 2), run[1] - run[0]))
+    start, end = cut[first][0], cut[last][1]
+    return replace(passage, start=passage.start + start, text=passage.text[start:end])
 
 
 def _share_text(one: Citation | Passage, other: Citation | Passage) -> bool:

@@ -170,13 +170,14 @@ class FactParts:
 
     Attributes:
         told: all phrasings and the answer; `bag`: its distinct n-grams.
-        context: what surrounds the fact in the book.
+        context: what surrounds the fact in the book; `evidence`: what its set gives of it.
         asked: each phrasing; `weights`: what the distinct n-grams of each weigh together; `kinds`: (phrasings, kinds).
     """
 
     told: Plain
     bag: Bag
     context: Plain
+    evidence: Plain
     answer: Plain
     asked: tuple[Plain, ...]
     weights: Floats
@@ -201,6 +202,11 @@ class PassageParts:
     numeral: bool
     speech: bool
 
+    @property
+    def own(self) -> Plain:
+        """Its own characters."""
+        return self.context[self.place[0] : self.place[1]]
+
 
 class Sources:
     """Both memories with the encoder, and what is computed from them once for many questions."""
@@ -220,6 +226,7 @@ class Sources:
             told=told,
             bag=known_of(distinct(self.encoder.vocabulary.numbers(grams(told)))),
             context=context_of(fact, self.library),
+            evidence=plain(fact.evidence),
             answer=answer,
             asked=tuple(asked),
             weights=_together(asked, self.encoder),

@@ -3,8 +3,8 @@ was learnt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,16 @@ from miniglm.lookup.features import (
 )
 from miniglm.lookup.library import Passage
 from miniglm.lookup.ranking import Linear
+from miniglm.lookup.reranker import (
+    READ_FACTS,
+    READ_PASSAGES,
+    Reranker,
+    Rerankers,
+    Text,
+    read,
+    text_of_fact,
+    text_of_passage,
+)
 
 Floats = NDArray[np.float32]
 DOUBT = 0.25
@@ -38,6 +48,7 @@ class Judge:
 
     Attributes:
         fact_ranker, passage_ranker: choose among candidates.
+        fact_temperature, passage_temperature: what the scores of rerankers are divided by, to be log odds.
         fact_right, passage_right: log odds that the first fact's answer is right, that the first passage tells it.
         prefer: log odds of the fact against the passage, where only one of them is right.
         inside: log odds that the books answer the question at all; `threshold`: below it, it is refused.
@@ -46,6 +57,8 @@ class Judge:
 
     fact_ranker: Linear
     passage_ranker: Linear
+    fact_temperature: float
+    passage_temperature: float
     fact_right: Linear
     passage_right: Linear
     prefer: Linear
@@ -74,7 +87,9 @@ class Judge:
         parts: dict[str, Any] = {
             name: float(data[name]) if name.startswith("threshold") else Linear.from_json(data[name])
             for name in cls.__slots__
+            if not name.endswith("temperature")
         }
+        parts |= {name: float(data.get(name, 1.0)) for name in cls.__slots__ if name.endswith("temperature")}
         return cls(**parts)
 
 
@@ -94,6 +109,82 @@ def look(question: str, sources: Sources) -> Look:
     facts = fact_candidates(query, sources)
     passages, texts = passage_candidates(query, sources)
     return Look(query, facts, passages, texts)
+
+
+def fact_texts(numbers: Sequence[int], sources: Sources) -> list[Text]:
+    """What a reranker reads of these facts."""
+    return [text_of_fact(sources.fact(number)) for number in numbers]
+
+
+def passage_texts(numbers: Sequence[int], sources: Sources) -> list[Text]:
+    """What a reranker reads of these passages."""
+    return [text_of_passage(passage) for passage in sources.passages(numbers)]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How likely what was found is, as log odds against each other.
+
+    Attributes:
+        facts, passages: (candidates,) each.
+        answers: of the passages that a reranker read, by their places among the candidates, where the answer would be: the
+            share of each of its characters.
+    """
+
+    facts: Floats
+    passages: Floats
+    answers: dict[int, Floats] = field(default_factory=dict)
+
+    def cooled(self, facts: float, passages: float) -> Scores:
+        """The same divided by these temperatures."""
+        return replace(self, facts=self.facts / facts, passages=self.passages / passages)
+
+
+def linear_scores(found: Look, fact_ranker: Linear, passage_ranker: Linear) -> Scores:
+    """By the linear rankers alone."""
+    return Scores(fact_ranker(found.facts.features), passage_ranker(found.passages.features))
+
+
+def reranked(
+    found: Look, fact_ranker: Linear, passage_ranker: Linear, sources: Sources, rerankers: Rerankers
+) -> Scores:
+    """By the rerankers, of those that these read; all others come after them."""
+    linear = linear_scores(found, fact_ranker, passage_ranker)
+    facts, _, _ = _reread(
+        found, found.facts, linear.facts, fact_ranker, rerankers.facts, READ_FACTS, lambda n: fact_texts(n, sources)
+    )
+    passages, first, shares = _reread(
+        found,
+        found.passages,
+        linear.passages,
+        passage_ranker,
+        rerankers.passages,
+        READ_PASSAGES,
+        lambda n: passage_texts(n, sources),
+    )
+    return Scores(facts, passages, dict(zip(first, shares, strict=True)))
+
+
+def _reread(
+    found: Look,
+    candidates: Candidates,
+    linear: Floats,
+    ranker: Linear,
+    reranker: Reranker,
+    most: int,
+    texts_of: Callable[[Sequence[int]], list[Text]],
+) -> tuple[Floats, list[int], Sequence[Floats]]:
+    """New scores, which candidates were read, and where in each its answer would be."""
+    if not len(linear):
+        return linear, [], ()
+    first = ranked(linear)[:most]
+    reading = read(found.query, texts_of(candidates.numbers[first].tolist()), reranker.characters)
+    scores, shares = reranker(reading, ranker.standard(candidates.features[first]), linear[first])
+    # By the distance that the linear ranker saw between them and the last of those that are read.
+    whole = linear - linear[first].min() + scores.min()
+    whole[first] = scores
+    lengths = reading.lengths.tolist()
+    return whole, first.tolist(), [row[:length] for row, length in zip(shares, lengths, strict=True)]
 
 
 def share_of(log_odds: Floats) -> Floats:
@@ -120,11 +211,11 @@ def likely(scores: Floats) -> list[int]:
     return order
 
 
-def signals(found: Look, fact_scores: Floats, passage_scores: Floats) -> tuple[Floats, Floats]:
+def signals(found: Look, scores: Scores) -> tuple[Floats, Floats]:
     """What confidence is judged by: of facts, then passages, then the question; and the same without the facts."""
-    passage = _of_best(found.passages, passage_scores, PASSAGE_FEATURES, _PASSAGE_SIGNALS)
+    passage = _of_best(found.passages, scores.passages, PASSAGE_FEATURES, _PASSAGE_SIGNALS)
     question = [found.query.unknown(), len(found.query.distinct) / 50]
-    fact = _of_best(found.facts, fact_scores, FACT_FEATURES, _FACT_SIGNALS)
+    fact = _of_best(found.facts, scores.facts, FACT_FEATURES, _FACT_SIGNALS)
     return (
         np.array([*fact, *passage, *question], dtype=np.float32),
         np.array([*passage, *question], dtype=np.float32),

@@ -32,8 +32,12 @@ class Linear:
 
     def __call__(self, features: Floats) -> Floats:
         """(…, features) to (…)."""
-        scores = _standard(features, self.mean, self.spread) @ self.weights + self.bias
+        scores = self.standard(features) @ self.weights + self.bias
         return np.asarray(scores, dtype=np.float32)
+
+    def standard(self, features: Floats) -> Floats:
+        """The features as it weighs them, of the same shape."""
+        return _standard(features, self.mean, self.spread)
 
     def to_json(self) -> dict[str, Any]:
         """Lists of numbers."""
@@ -126,3 +130,26 @@ def _minimize(loss: Any, parameters: list[torch.Tensor]) -> None:
         return value
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
+
+
+def fit_temperature(lists: Sequence[tuple[Floats, NDArray[np.bool_]]]) -> float:
+    """What scores are to be divided by for their softmax to be probabilities (Guo et al. 2017).
+
+    Args:
+        lists: of each question (candidates,) scores and which candidates are right. Lists with none are left out.
+    """
+    import torch
+
+    lists = [(scores, right) for scores, right in lists if right.any()]
+    if not lists:
+        return 1.0
+    logarithm = torch.zeros(1, requires_grad=True)
+    given = [(torch.from_numpy(scores), torch.from_numpy(right)) for scores, right in lists]
+
+    def loss() -> torch.Tensor:
+        by = logarithm.exp()
+        each = [(scores / by).logsumexp(0) - (scores / by)[right].logsumexp(0) for scores, right in given]
+        return torch.stack(each).mean()
+
+    _minimize(loss, [logarithm])
+    return float(logarithm.detach().exp())

@@ -35,6 +35,7 @@ _KINDS = (
 )
 _KIND_PATTERNS = tuple(re.compile(kind) for kind in _KINDS)
 """What a question asks for: person, number, place, time, reason, manner, words, thing, style or title."""
+KINDS = len(_KINDS)
 _NUMERAL = re.compile("[0-9一二三四五六七八九十百千万两]")
 
 
