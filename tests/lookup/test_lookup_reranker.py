@@ -181,7 +181,7 @@ def _material(count: int) -> tuple[list[Paragraph], list[Example]]:
 
 @pytest.fixture(scope="module")
 def reranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reranked")
+    folder = tmp_path_factory.mktemp("reranked") / "run" / "index"
     paragraphs, examples = _material(320)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "FEWEST", 50)

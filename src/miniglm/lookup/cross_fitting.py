@@ -102,6 +102,7 @@ def learn_rerankers(
         def tell(share: float, number: int = number) -> None:
             progress(ENCODING * (number + share) / FOLDS)
 
+        scratch.mkdir(parents=True, exist_ok=True)
         # Windows deletes no file that is mapped, and the library's are until the last cycle is collected.
         with tempfile.TemporaryDirectory(prefix=".fold-", dir=scratch, ignore_cleanup_errors=True) as folder:
             known = without(facts, withheld.questions)
