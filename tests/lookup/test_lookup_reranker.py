@@ -221,6 +221,21 @@ def test_too_few_facts_are_not_reranked(tmp_path: Path) -> None:
     assert Answerer(tmp_path).rerankers is None
 
 
+def test_no_reranker_is_trained_where_there_is_no_choice_to_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Facts enough for the one and questions too few for the other: its minutes would be for nothing."""
+
+    def trained(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(build, "learn_rerankers", trained)
+    paragraphs, examples = _material(260)
+    assert cross_fitting.FEWEST_FACTS < 260
+    build_index(paragraphs, examples, [], tmp_path, seconds=0.5, seconds_reranking=1, seed=1)
+    assert Answerer(tmp_path).rerankers is None
+
+
 def test_a_damaged_reranker_is_named(reranked: Path, tmp_path: Path) -> None:
     shutil.copytree(reranked, tmp_path / "index")
     path = tmp_path / "index" / "reranker" / "facts.safetensors"

@@ -26,9 +26,9 @@ from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Part, build_library, parts_of
 from miniglm.lookup.look import Judge, in_doubt, likely, linear_scores, look, reranked, share_of, signals
 from miniglm.lookup.pairs import train
-from miniglm.lookup.ranking import fit_logistic, fit_ranker, fit_temperature
+from miniglm.lookup.ranking import fit_logistic, fit_temperature
 from miniglm.lookup.text import passages
-from miniglm.lookup.withheld import Withheld, answers, tells, withhold
+from miniglm.lookup.withheld import Looked, Withheld, answers, withhold
 from miniglm.qa.formats import Example
 
 SEVERAL, SEVERAL_SECONDS = 3, 180.0
@@ -83,7 +83,7 @@ def build_index(
     )
     trained = time.monotonic()
     learnt = None
-    if seconds_reranking:
+    if seconds_reranking and _enough(withheld):
         learnt = learn_rerankers(
             paragraphs,
             without(facts, withheld.questions),
@@ -101,7 +101,7 @@ def build_index(
     library = Library(folder / "books")
     laid = time.monotonic()
     judge, measured = learn(encoder, library, facts, withheld, outside, learnt)
-    if learnt is not None and measured:
+    if learnt is not None:
         learnt.rerankers.save(folder / RERANKER)
     else:
         shutil.rmtree(folder / RERANKER, ignore_errors=True)
@@ -109,7 +109,7 @@ def build_index(
     Memory.build(facts, library, encoder).save(folder / "facts")
     about = {
         "format": FORMAT,
-        "reranked": learnt is not None and bool(measured),
+        "reranked": learnt is not None,
         "passages": library.size,
         "facts": len(facts),
         "seconds": {
@@ -136,6 +136,11 @@ def shipped_judge() -> Judge:
     return Judge.from_json(json.loads(text))
 
 
+def _enough(withheld: Withheld) -> bool:
+    """Whether there are questions enough to learn a choice on."""
+    return min(len(withheld.reworded), len(withheld.new)) >= FEWEST
+
+
 def learn(
     encoder: Encoder,
     library: Library,
@@ -154,34 +159,25 @@ def learn(
         portable: facts are chosen by features that may only speak for them, which does a little worse on this book and
             better on others: for the judge that is shipped.
     """
-    untaught = [(q, fact) for fact in withheld.untaught for q in fact.questions]
-    if min(len(withheld.reworded), len(untaught)) < FEWEST or not library.size:
+    if not _enough(withheld) or not library.size:
         return shipped_judge(), {}
     memory = Memory.build(without(facts, withheld.questions), library, encoder)
     sources = Sources(encoder, memory, library)
-    old = [(look(q, sources), fact) for q, fact in withheld.reworded]
-    new = [(look(q, sources), fact) for q, fact in untaught]
+    looked = Looked.up(withheld.reworded, withheld.new, sources)
+    old, new = looked.old, looked.new
     none = [look(q, sources) for q in outside]
-
-    right = [np.array([memory.facts[n].answer == fact.answer for n in found.facts.numbers]) for found, fact in old]
-    told = [tells(found, fact) for found, fact in new]
     every = [found for found, _ in (*old, *new)] + none
     temperatures = (1.0, 1.0)
     if learnt is None:
-        fact_ranker = fit_ranker(
-            [(found.facts.features, hit) for (found, _), hit in zip(old, right, strict=True)], rising=portable
-        )
-        passage_ranker = fit_ranker(
-            [(found.passages.features, hit) for (found, _), hit in zip(new, told, strict=True)], rising=True
-        )
+        fact_ranker, passage_ranker = looked.rankers(portable=portable)
         scores = [linear_scores(found, fact_ranker, passage_ranker) for found in every]
     else:
         fact_ranker, passage_ranker = learnt.facts, learnt.passages
         scores = [reranked(found, fact_ranker, passage_ranker, sources, learnt.rerankers) for found in every]
         of_old, of_new = scores[: len(old)], scores[len(old) : len(old) + len(new)]
         temperatures = (
-            fit_temperature([(own.facts, hit) for own, hit in zip(of_old, right, strict=True)]),
-            fit_temperature([(own.passages, hit) for own, hit in zip(of_new, told, strict=True)]),
+            fit_temperature([(own.facts, hit) for own, hit in zip(of_old, looked.right, strict=True)]),
+            fit_temperature([(own.passages, hit) for own, hit in zip(of_new, looked.told, strict=True)]),
         )
         scores = [own.cooled(*temperatures) for own in scores]
     rows = [signals(found, own) for found, own in zip(every, scores, strict=True)]

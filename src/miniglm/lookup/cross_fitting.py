@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,29 +26,26 @@ from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.facts import Fact, Memory, without
 from miniglm.lookup.features import Candidates, Sources
 from miniglm.lookup.library import Library, build_library, parts_of
-from miniglm.lookup.look import Look, fact_texts, look, passage_texts
+from miniglm.lookup.look import Look, fact_texts, passage_texts, ranked
 from miniglm.lookup.pairs import sample_of_book, train
-from miniglm.lookup.ranking import Linear, fit_ranker
+from miniglm.lookup.ranking import Linear
 from miniglm.lookup.reranker import READ_FACTS, READ_PASSAGES, Characters, Reranker, Rerankers, Text, read
 from miniglm.lookup.reranker_training import Sample, train_network
 from miniglm.lookup.text import plain
-from miniglm.lookup.withheld import Withheld, tells
+from miniglm.lookup.withheld import Asked, Looked, Withheld
 
 Floats = NDArray[np.float32]
-Asked = list[tuple[str, Fact]]
-"""Questions with their facts."""
 FOLDS = 4
 FEWEST_FACTS = 200
 """Facts with several phrasings and a place in the book below which a reranker is not worth its training."""
-FACT_PASSES, PASSAGE_PASSES = 3, 3
-"""Epochs: with more the rerankers learn the questions by heart."""
-NETWORKS = 2
-"""Networks of different seeds that read facts, whose scores are averaged: of these more is asked, and they are shorter."""
+EPOCHS = 3
+"""With more the rerankers learn the questions by heart."""
 MOST_ASKED = 1250
 """Questions of either kind that a fold looks up at most: a look-up takes some 10 ms, whatever the seconds."""
-ENCODING, READING = 0.45, (0.28, 0.28, 0.44)
-"""Share of the seconds that goes to the folds' encoders, and of what is left after the look-ups to each network: two of
-facts, one of passages."""
+ENCODING = 0.45
+"""Share of the seconds that goes to the folds' encoders."""
+READ_BY_FACTS, READ_BY_PASSAGES = (0.28, 0.28), (0.44,)
+"""Of what is left after the look-ups, the share of each network that reads facts, and passages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +93,15 @@ def learn_rerankers(
         return None
     begun = time.monotonic()
     characters = Characters.build((plain(p.text) for p in sample_of_book(paragraphs, seed)), seed)
-    gathered: list[tuple[list[Sample], list[Sample]]] = []
+    scratch.mkdir(parents=True, exist_ok=True)
+    of_facts: list[Sample] = []
+    of_passages: list[Sample] = []
     linear: tuple[Linear, Linear] | None = None
     for number, withheld in enumerate(folds(facts, seed)):
 
         def tell(share: float, number: int = number) -> None:
             progress(ENCODING * (number + share) / FOLDS)
 
-        scratch.mkdir(parents=True, exist_ok=True)
         # Windows deletes no file that is mapped, and the library's are until the last cycle is collected.
         with tempfile.TemporaryDirectory(prefix=".fold-", dir=scratch, ignore_cleanup_errors=True) as folder:
             known = without(facts, withheld.questions)
@@ -112,40 +111,35 @@ def learn_rerankers(
             found = _samples(paragraphs, encoder, known, asked, characters, linear, Path(folder))
             if found is None:
                 return None
-            linear, samples = found
-            gathered.append(samples)
+            linear, facts_read, passages_read = found
+            of_facts += facts_read
+            of_passages += passages_read
             gc.collect()
     assert linear is not None
     left = max(seconds - (time.monotonic() - begun), seconds * (1 - ENCODING) / 2)
-    of_facts, of_passages = ([sample for fold in gathered for sample in fold[side]] for side in (0, 1))
-    if not of_facts or not of_passages:
-        return None
     networks = []
-    for number, share_of_left in enumerate(READING):
-        before = sum(READING[:number])
+    gone = 0.0
+    given = [(of_facts, own) for own in READ_BY_FACTS] + [(of_passages, own) for own in READ_BY_PASSAGES]
+    for number, (samples, own) in enumerate(given):
 
-        def tell_more(share: float, before: float = before, own: float = share_of_left) -> None:
+        def tell_more(share: float, before: float = gone, own: float = own) -> None:
             progress(ENCODING + (1 - ENCODING) * (before + own * share))
 
         networks.append(
             train_network(
-                of_facts if number < NETWORKS else of_passages,
-                characters,
-                seed=seed + number,
-                epochs=FACT_PASSES if number < NETWORKS else PASSAGE_PASSES,
-                seconds=left * share_of_left,
-                progress=tell_more,
+                samples, characters, seed=seed + number, epochs=EPOCHS, seconds=left * own, progress=tell_more
             )
         )
-    on_facts, on_passages = (Reranker(characters, own) for own in (networks[:NETWORKS], networks[NETWORKS:]))
+        gone += own
+    count = len(READ_BY_FACTS)
+    on_facts, on_passages = (Reranker(characters, own) for own in (networks[:count], networks[count:]))
     return Ranked(*linear, Rerankers(on_facts, on_passages))
 
 
 def _some(withheld: Withheld, seed: int) -> tuple[Asked, Asked]:
     """At most `MOST_ASKED` of the questions whose facts are in the memory, and of the others."""
     generator = random.Random(seed)
-    new = [(q, fact) for fact in withheld.untaught for q in fact.questions]
-    old, new = (generator.sample(some, min(MOST_ASKED, len(some))) for some in (withheld.reworded, new))
+    old, new = (generator.sample(some, min(MOST_ASKED, len(some))) for some in (withheld.reworded, withheld.new))
     return old, new
 
 
@@ -157,43 +151,29 @@ def _samples(
     characters: Characters,
     linear: tuple[Linear, Linear] | None,
     folder: Path,
-) -> tuple[tuple[Linear, Linear], tuple[list[Sample], list[Sample]]] | None:
-    """Looks a fold's questions up. The first fold's settle the linear rankers, which need few; None where nothing that is
-    right was found for them."""
+) -> tuple[tuple[Linear, Linear], list[Sample], list[Sample]] | None:
+    """Looks a fold's questions up: samples of facts, and of passages. The first fold's settle the linear rankers, which
+    need few; None where nothing that is right was found for them."""
     build_library(parts_of(paragraphs), encoder, "", folder)
     library = Library(folder)
-    memory = Memory.build(known, library, encoder)
-    sources = Sources(encoder, memory, library)
-    old, new = ([(look(q, sources), fact) for q, fact in questions] for questions in asked)
-    right = [np.array([memory.facts[n].answer == fact.answer for n in found.facts.numbers]) for found, fact in old]
-    told = [tells(found, fact) for found, fact in new]
+    sources = Sources(encoder, Memory.build(known, library, encoder), library)
+    looked = Looked.up(*asked, sources)
     if linear is None:
-        if not any(hit.any() for hit in right) or not any(hit.any() for hit in told):
+        if not all(any(hit.any() for hit in hits) for hits in (looked.right, looked.told)):
             return None
-        linear = (
-            fit_ranker([(found.facts.features, hit) for (found, _), hit in zip(old, right, strict=True)]),
-            fit_ranker(
-                [(found.passages.features, hit) for (found, _), hit in zip(new, told, strict=True)], rising=True
-            ),
-        )
+        linear = looked.rankers()
+    of_facts, of_passages = partial(fact_texts, sources), partial(passage_texts, sources)
     on_facts = [
-        _sample(found, found.facts, hit, linear[0], READ_FACTS, lambda n: fact_texts(n, sources), characters, ())
-        for (found, _), hit in zip(old, right, strict=True)
+        _sample(found, found.facts, hit, linear[0], READ_FACTS, of_facts, characters, ())
+        for (found, _), hit in zip(looked.old, looked.right, strict=True)
+        if hit.any()
     ]
     on_passages = [
-        _sample(
-            found,
-            found.passages,
-            hit,
-            linear[1],
-            READ_PASSAGES,
-            lambda n: passage_texts(n, sources),
-            characters,
-            fact.keys,
-        )
-        for (found, fact), hit in zip(new, told, strict=True)
+        _sample(found, found.passages, hit, linear[1], READ_PASSAGES, of_passages, characters, fact.keys)
+        for (found, fact), hit in zip(looked.new, looked.told, strict=True)
+        if hit.any()
     ]
-    return linear, ([s for s in on_facts if s is not None], [s for s in on_passages if s is not None])
+    return linear, on_facts, on_passages
 
 
 def _sample(
@@ -205,12 +185,10 @@ def _sample(
     texts_of: Callable[[Sequence[int]], list[Text]],
     characters: Characters,
     keys: Sequence[Sequence[str]],
-) -> Sample | None:
-    """The best candidates by the linear ranker, the best right one among them; None where none is right."""
-    if not right.any():
-        return None
+) -> Sample:
+    """The best candidates by the linear ranker, the best right one among them."""
     scores = linear(candidates.features)
-    order = np.argsort(-scores, kind="stable")
+    order = ranked(scores)
     first = order[:most].copy()
     if not right[first].any():
         first[-1] = order[right[order]][0]

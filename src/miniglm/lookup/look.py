@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -111,12 +112,12 @@ def look(question: str, sources: Sources) -> Look:
     return Look(query, facts, passages, texts)
 
 
-def fact_texts(numbers: Sequence[int], sources: Sources) -> list[Text]:
+def fact_texts(sources: Sources, numbers: Sequence[int]) -> list[Text]:
     """What a reranker reads of these facts."""
     return [text_of_fact(sources.fact(number)) for number in numbers]
 
 
-def passage_texts(numbers: Sequence[int], sources: Sources) -> list[Text]:
+def passage_texts(sources: Sources, numbers: Sequence[int]) -> list[Text]:
     """What a reranker reads of these passages."""
     return [text_of_passage(passage) for passage in sources.passages(numbers)]
 
@@ -151,7 +152,7 @@ def reranked(
     """By the rerankers, of those that these read; all others come after them."""
     linear = linear_scores(found, fact_ranker, passage_ranker)
     facts, _, _ = _reread(
-        found, found.facts, linear.facts, fact_ranker, rerankers.facts, READ_FACTS, lambda n: fact_texts(n, sources)
+        found, found.facts, linear.facts, fact_ranker, rerankers.facts, READ_FACTS, partial(fact_texts, sources)
     )
     passages, first, shares = _reread(
         found,
@@ -160,7 +161,7 @@ def reranked(
         passage_ranker,
         rerankers.passages,
         READ_PASSAGES,
-        lambda n: passage_texts(n, sources),
+        partial(passage_texts, sources),
     )
     return Scores(facts, passages, dict(zip(first, shares, strict=True)))
 

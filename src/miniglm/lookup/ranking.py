@@ -90,11 +90,15 @@ def fit_ranker(
     def loss() -> torch.Tensor:
         weights = weights_now()
         scores = (features @ weights).masked_fill(~real, -torch.inf)
-        share = torch.logsumexp(scores.masked_fill(~hits, -torch.inf), 1) - torch.logsumexp(scores, 1)
-        return -share.mean() + decay * weights.square().sum()
+        return share_of_right(scores, hits).mean() + decay * weights.square().sum()
 
     _minimize(loss, [free])
     return Linear(mean, spread, weights_now().detach().numpy())
+
+
+def share_of_right(scores: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Of each row −log of the right ones' share of its softmax."""
+    return scores.logsumexp(1) - scores.masked_fill(~right, -float("inf")).logsumexp(1)
 
 
 def fit_logistic(features: Floats, target: NDArray[np.bool_], decay: float = 1e-2) -> Linear:
@@ -148,8 +152,7 @@ def fit_temperature(lists: Sequence[tuple[Floats, NDArray[np.bool_]]]) -> float:
 
     def loss() -> torch.Tensor:
         by = logarithm.exp()
-        each = [(scores / by).logsumexp(0) - (scores / by)[right].logsumexp(0) for scores, right in given]
-        return torch.stack(each).mean()
+        return torch.cat([share_of_right((scores / by)[None], right[None]) for scores, right in given]).mean()
 
     _minimize(loss, [logarithm])
     return float(logarithm.detach().exp())

@@ -35,9 +35,11 @@ QUESTION, LONGEST = 48, 192
 """Characters of a question, and of a candidate, that are read."""
 PARTS = 3
 """Of a fact: its phrasings, its answer, its evidence. A passage has but one."""
-CHANNELS = 5 + PARTS
+MATCHES = 5
 """What is known of a character of a candidate: whether the question has it, what it weighs then, whether the question
-has the pair that it begins, the one that it ends, what the first weighs; and which part it is of."""
+has the pair that it begins, the one that it ends, what the first weighs."""
+CHANNELS = MATCHES + PARTS
+"""The same and which part it is of."""
 LAYERS = ((3, 1), (5, 2), (5, 4), (5, 12))
 """Width and dilation of each convolution over a candidate."""
 READ_FACTS, READ_PASSAGES = 8, 12
@@ -163,7 +165,7 @@ def read(query: Query, texts: Sequence[Text], characters: Characters) -> Reading
     known = np.zeros((len(texts), longest, CHANNELS), dtype=np.float32)
     for number, text in enumerate(texts):
         plain[number, : len(text.plain)] = text.plain
-        known[number, np.arange(len(text.parts)), 5 + text.parts] = 1
+        known[number, np.arange(len(text.parts)), MATCHES + text.parts] = 1
     weights = query.weights[: len(query.distinct)] / query.encoder.vocabulary.rarest
     single = query.distinct < 1 << 16
     letter = np.zeros(1 << 16, dtype=np.float32)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from miniglm.lookup.ranking import share_of_right
 from miniglm.lookup.reranker import CHANNELS, LAYERS, LETTERS, Characters, Reading
 from miniglm.lookup.text import KINDS
 
@@ -137,11 +138,6 @@ def collate(samples: Sequence[Sample]) -> tuple[tuple[Tensor, ...], Tensor, Tens
     there = torch.arange(count) < torch.tensor([len(sample.right) for sample in samples])[:, None]
     keys = padded([s.keys for s in samples], count, length)
     return inputs, there, padded([s.right for s in samples], count), keys
-
-
-def share_of_right(scores: Tensor, right: Tensor) -> Tensor:
-    """Of each row −log of the right ones' share of its softmax."""
-    return scores.logsumexp(1) - scores.masked_fill(~right, -torch.inf).logsumexp(1)
 
 
 def train_network(

@@ -14,8 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniglm.lookup.facts import Fact
-from miniglm.lookup.look import Look
+from miniglm.lookup.features import Sources
+from miniglm.lookup.look import Look, look
+from miniglm.lookup.ranking import Linear, fit_ranker
 from miniglm.qa.keys import holds_keys
+
+Asked = list[tuple[str, Fact]]
+"""Questions with their facts."""
 
 WITHHELD, UNTAUGHT = 400, 120
 """Facts of which one phrasing, and of which all, are kept from the encoder to learn the choice on."""
@@ -25,13 +30,18 @@ WITHHELD, UNTAUGHT = 400, 120
 class Withheld:
     """What the encoder does not see: a phrasing of some facts (`reworded`: question and fact), and facts (`untaught`)."""
 
-    reworded: list[tuple[str, Fact]]
+    reworded: Asked
     untaught: list[Fact]
+
+    @property
+    def new(self) -> Asked:
+        """The questions about facts that are withheld."""
+        return [(q, fact) for fact in self.untaught for q in fact.questions]
 
     @property
     def questions(self) -> set[str]:
         """All of its questions."""
-        return {q for q, _ in self.reworded} | {q for fact in self.untaught for q in fact.questions}
+        return {q for q, _ in (*self.reworded, *self.new)}
 
 
 def withhold(facts: Sequence[Fact], seed: int) -> Withheld:
@@ -52,6 +62,43 @@ def tells(found: Look, fact: Fact) -> NDArray[np.bool_]:
         ],
         dtype=bool,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What was found for withheld questions whose facts are in the memory (`old`), and for others (`new`).
+
+    Attributes:
+        right: of each of the old, which candidate facts are right; `told`: of each of the new, which passages are.
+    """
+
+    old: list[tuple[Look, Fact]]
+    new: list[tuple[Look, Fact]]
+    right: list[NDArray[np.bool_]]
+    told: list[NDArray[np.bool_]]
+
+    @classmethod
+    def up(cls, old: Asked, new: Asked, sources: Sources) -> Looked:
+        """Looks the questions up."""
+        found_old, found_new = ([(look(q, sources), fact) for q, fact in asked] for asked in (old, new))
+        facts = sources.memory.facts
+        right = [np.array([facts[n].answer == fact.answer for n in found.facts.numbers]) for found, fact in found_old]
+        return cls(found_old, found_new, right, [tells(found, fact) for found, fact in found_new])
+
+    def rankers(self, *, portable: bool = False) -> tuple[Linear, Linear]:
+        """The linear rankers of facts and of passages that put the right ones first.
+
+        Args:
+            portable: facts are chosen by features that may only speak for them.
+
+        Raises:
+            ValueError: nothing that was found is right.
+        """
+        old, new = zip(self.old, self.right, strict=True), zip(self.new, self.told, strict=True)
+        return (
+            fit_ranker([(found.facts.features, hit) for (found, _), hit in old], rising=portable),
+            fit_ranker([(found.passages.features, hit) for (found, _), hit in new], rising=True),
+        )
 
 
 def answers(text: str, fact: Fact) -> bool:
