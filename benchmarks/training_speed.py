@@ -16,9 +16,10 @@ import torch
 from side_by_side import alternate, median_ratio, parser, report
 
 from miniglm.config import ModelConfig
+from miniglm.kernels import autocast
 from miniglm.model import GLM
 from miniglm.planning import choose_precision, measure_gigaflops
-from miniglm.training import Stage, autocast, keep_allocations, optimizers_of
+from miniglm.training import Stage, keep_allocations, optimizers_of
 
 MODELS = {
     "default": ModelConfig(4096, 256, 704, 4, 4, 2, 64, 256),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miniglm.config import ModelConfig
-from miniglm.kernels import LinearCrossEntropy, RMSNorm, RotaryAttention
-from miniglm.model import rotary_table, rotate
+from miniglm.kernels import LinearCrossEntropy, RMSNorm, RotaryAttention, Rotated, losses_and_gradient
+from miniglm.model import IGNORE, rotary_table, rotate
 
 
 def agree(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor, tolerance: float = 1e-5) -> None:
@@ -70,6 +70,41 @@ def test_rotary_attention(groups: int, each: int, length: int, packed: bool) -> 
         return out
 
     agree(ours, plain, random(batch, length, (heads + 2 * groups) * size))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rotation_in_place_and_in_real_numbers(shared: bool) -> None:
+    table = rotary_table(ModelConfig(9, 16, 16, 1, 3, 1, 8, 50), 12)[None, :, None]
+    if not shared:  # each row has its own positions
+        table = torch.cat([table, table.flip(1)])
+
+    def plain(projected: Tensor) -> Tensor:
+        heads = projected.view(2, 12, 5, 8)
+        return torch.cat([rotate(heads[:, :, :4], table), heads[:, :, 4:]], dim=2).flatten(2)
+
+    def in_place(projected: Tensor) -> Tensor:
+        out: Tensor = Rotated.apply(projected * 1, table, 4, 8)  # type: ignore[no-untyped-call]
+        return out
+
+    def real(projected: Tensor) -> Tensor:
+        heads = projected.view(2, 12, 5, 8)
+        return torch.cat([rotate(heads[:, :, :4], torch.view_as_real(table)), heads[:, :, 4:]], dim=2).flatten(2)
+
+    agree(in_place, plain, random(2, 12, 40))
+    agree(real, plain, random(2, 12, 40))
+
+
+@pytest.mark.parametrize("compiled", [None, losses_and_gradient])
+def test_linear_cross_entropy_of_rows_that_are_ignored(compiled: Callable[..., tuple[Tensor, Tensor]] | None) -> None:
+    labels = torch.randint(0, 2000, (1500,), generator=torch.Generator().manual_seed(0))
+    labels[::3] = IGNORE
+    agree(
+        lambda h, w: LinearCrossEntropy.apply(h, w, labels, IGNORE, compiled),  # type: ignore[no-untyped-call]
+        lambda h, w: F.cross_entropy(h @ w.T, labels, reduction="sum"),
+        random(1500, 24),
+        random(2000, 24, seed=1) * 0.3,
+        tolerance=1e-3,
+    )
 
 
 @pytest.mark.parametrize(

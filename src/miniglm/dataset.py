@@ -34,19 +34,35 @@ class Batch:
         ids: (rows, context) token ids.
         labels: (rows, context); the token that follows, or `IGNORE` where it is no target.
         positions: (rows, context), anew in each pair; None where they simply count up.
-        mask: (rows, 1, context, context), true where a position may look; None for plain causal.
+        segments: (rows, context), the number of the pair that a position belongs to; None where rows are whole.
         rows: what was drawn, for the log.
     """
 
     ids: Tensor
     labels: Tensor
     positions: Tensor | None
-    mask: Tensor | None
+    segments: Tensor | None
     rows: list[str]
 
     @property
     def targets(self) -> int:
         return int((self.labels != IGNORE).sum())
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(rows, 1, context, context), true where a position may look; None for plain causal. Made where the batch
+        is: it is as large as all the rest of it a hundred times over."""
+        if self.segments is None:
+            return None
+        length, segments = self.ids.shape[1], self.segments
+        causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+        # Padding is a segment of its own: it looks at itself, so no row of the softmax is empty.
+        return ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
+
+    def part(self, rows: slice) -> Batch:
+        """Some of its rows."""
+        positions, segments = (None if t is None else t[rows] for t in (self.positions, self.segments))
+        return Batch(self.ids[rows], self.labels[rows], positions, segments, self.rows[rows])
 
     def without_targets(self) -> Batch:
         """The same batch with nothing to learn in it."""
@@ -58,7 +74,7 @@ class Batch:
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device)
 
-        return Batch(self.ids.to(device), self.labels.to(device), move(self.positions), move(self.mask), self.rows)
+        return Batch(self.ids.to(device), self.labels.to(device), move(self.positions), move(self.segments), self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,17 +307,14 @@ def pair_row(pairs: Sequence[tuple[NDArray[Any], NDArray[Any]]], context: int, p
 
 
 def collate(rows: Sequence[Row], names: list[str], *, packed: bool) -> Batch:
-    """Stacks rows. `packed` says that some hold several sequences, so positions and a mask are needed."""
+    """Stacks rows. `packed` says that some hold several sequences, so positions and segments are needed."""
     ids = torch.from_numpy(np.stack([r.ids for r in rows]))
     labels = torch.from_numpy(np.stack([r.labels for r in rows]))
     if not packed:
         return Batch(ids, labels, None, None, names)
     positions = torch.from_numpy(np.stack([r.positions for r in rows]))
     segments = torch.from_numpy(np.stack([r.segments for r in rows]))
-    causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
-    # Padding is a segment of its own: it looks at itself, so no row of the softmax is empty.
-    mask = (segments[:, :, None] == segments[:, None, :]) & causal
-    return Batch(ids, labels, positions, mask[:, None], names)
+    return Batch(ids, labels, positions, segments, names)
 
 
 class Batches:
@@ -323,6 +336,7 @@ class Batches:
             self.text_rows = 0
         else:  # at least one row of each, if there is room
             self.text_rows = min(max(round(rows * text_share), 1), rows - 1) if rows > 1 else 0
+        self._ahead: tuple[tuple[int, int, int], Batch] | None = None
 
     def names(self, step: int) -> list[str]:
         """The rows of the whole batch of `step`, as `Batch.rows` calls them."""
@@ -333,6 +347,15 @@ class Batches:
     def batch(self, step: int, micro: int = 0, micros: int = 1) -> Batch:
         """Part `micro` of `micros` of the batch of `step`; the parts make up the same rows whatever their number. Of
         more parts than rows, each of those left over is a row without targets."""
+        if self._ahead is not None and self._ahead[0] == (step, micro, micros):
+            return self._ahead[1]
+        return self._draw(step, micro, micros)
+
+    def prepare(self, step: int, micro: int = 0, micros: int = 1) -> None:
+        """Draws the part that `batch` will be asked for next, while a GPU computes the one before."""
+        self._ahead = ((step, micro, micros), self._draw(step, micro, micros))
+
+    def _draw(self, step: int, micro: int, micros: int) -> Batch:
         drawn: list[Row] = []
         names: list[str] = []
         pair_rows = self.rows - self.text_rows

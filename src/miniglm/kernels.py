@@ -7,7 +7,9 @@ much each is worth. Knows tensors and shapes, nothing of the model.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +20,11 @@ LONGEST = 1024
 memory grows with the square of the length, torch's own kernel's does not."""
 QUERIES = 64
 """Positions whose queries are worked on at once: keys that lie behind all of them are left out of the product."""
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """Matrix products in `precision`, "float32" or "bfloat16"."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
 def active_dtype(tensor: Tensor) -> torch.dtype:
@@ -138,6 +145,53 @@ class RotaryAttention(torch.autograd.Function):
         return projected.flatten(2), None, None, None, None
 
 
+class Rotated(torch.autograd.Function):
+    """Rotary embedding in place, of the first of several heads: for a GPU, where queries, keys and values come from
+    one product and stay in its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, table: Tensor, turned: int, head_dim: int) -> Tensor:
+        """Args:
+        projected: (batch, seq, heads · head_dim), of which the first `turned` heads are rotated. Overwritten.
+        table: complex, (batch or 1, seq, 1, rotary_dim / 2), see model.rotary_table.
+        """
+        ctx.mark_dirty(projected)
+        ctx.save_for_backward(table)
+        ctx.shape = (turned, head_dim)
+        return _turn_in_place(projected, table, turned, head_dim)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (table,) = ctx.saved_tensors
+        back = table.conj().resolve_conj()  # turned the other way round
+        return _turn_in_place(grad.clone(), back, *ctx.shape), None, None, None
+
+
+def _turn_in_place(projected: Tensor, table: Tensor, turned: int, head_dim: int) -> Tensor:
+    """What `Rotated` does, in either direction."""
+    heads = projected.view(*projected.shape[:2], -1, head_dim)
+    part = heads[:, :, :turned, : 2 * table.shape[-1]]
+    pairs = torch.view_as_complex(part.float().reshape(*part.shape[:-1], -1, 2))
+    part.copy_(torch.view_as_real(pairs * table).flatten(-2))
+    return projected
+
+
+def losses_and_gradient(logits: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
+    """The sum of the cross-entropies of `logits`, (n, V), and its gradient: softmax minus one-hot. In a form that
+    torch's compiler makes one pass of; by itself it is slower than what `LinearCrossEntropy` does.
+
+    Args:
+        labels: (n, 1); rows that have `ignored` there count for nothing.
+    """
+    wanted, scores = labels != ignored, logits.float()
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels
+    normaliser = scores.logsumexp(1, keepdim=True)
+    loss = (normaliser - torch.where(is_label, scores, 0.0).sum(1, keepdim=True)) * wanted
+    gradient = ((scores - normaliser).exp() - is_label.float()) * wanted
+    return loss.sum(), gradient.to(logits.dtype)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """Output layer and cross-entropy in one, in blocks of rows that stay in the cache.
 
@@ -147,9 +201,24 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """hidden: (n, D); weight: (V, D); labels: (n,). Returns the sum of the losses in float32. A single loss is
-        at most 87, where float32 probabilities end."""
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ignored: int | None = None,
+        compiled: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Args:
+            hidden: (n, D).
+            weight: (V, D).
+            labels: (n,).
+            ignored: the label of rows that are as if they were not there, if any may be.
+            compiled: `losses_and_gradient`, compiled; with `ignored` only.
+
+        Returns:
+            The sum of the losses in float32. A single one is at most 87, where float32 probabilities end.
+        """
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # a frozen output layer needs none
         # Larger blocks would leave the cache, but fewer rows than these do too little for each pass over the weights
         # and their gradient (docs/speed.md); a GPU wants few launches instead.
@@ -162,14 +231,28 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             h = hidden[start : start + rows].to(compute)
             y = labels[start : start + rows, None]
+            if compiled is not None:
+                loss, p = compiled(h @ matrix.T, y, ignored)
+                total += loss
+                if grad_hidden is not None:
+                    grad_hidden[start : start + rows] = p @ matrix
+                if grad_weight is not None:
+                    grad_weight += p.T @ h
+                continue
+            wanted = None
+            if ignored is not None:  # hidden states of zero have no part in the gradient of the weights
+                wanted = y != ignored
+                h, y = h * wanted, y * wanted
             p = torch.softmax(h @ matrix.T, dim=1, dtype=torch.float32)
-            total -= p.gather(1, y).clamp_min_(torch.finfo(torch.float32).tiny).log_().sum()
+            losses = p.gather(1, y).clamp_min_(torch.finfo(torch.float32).tiny).log_()
+            total -= (losses if wanted is None else losses * wanted).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             p.scatter_add_(1, y, torch.full_like(y, -1.0, dtype=p.dtype))
             p = p.to(compute)
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = p @ matrix
+                grad = p @ matrix
+                grad_hidden[start : start + rows] = grad if wanted is None else grad * wanted
             if grad_weight is not None and compute == torch.float32:
                 grad_weight.addmm_(p.T, h)
             elif grad_weight is not None:
@@ -179,10 +262,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (
             None if grad_hidden is None else grad_hidden * grad,
             None if grad_weight is None else grad_weight * grad,
+            None,
+            None,
             None,
         )

@@ -11,6 +11,8 @@ Shapes are written (batch, seq, ...); `V` is the vocabulary, `D` the hidden size
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from miniglm import kernels
 from miniglm.config import ModelConfig
-from miniglm.kernels import LinearCrossEntropy, RotaryAttention, fits_rotary_attention
+from miniglm.kernels import LinearCrossEntropy, RotaryAttention, Rotated, fits_rotary_attention
 
 IGNORE = -100
 """Label of a position that is no target, as in torch's own cross-entropy."""
@@ -37,11 +39,16 @@ def rotary_table(config: ModelConfig, length: int, device: torch.device | None =
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns the first dimensions of each head by its position. x: (batch, seq, heads, head_dim);
-    table: (batch or 1, seq, 1, rotary_dim / 2)."""
-    rotary_dim = 2 * table.shape[-1]
-    pairs = torch.view_as_complex(x[..., :rotary_dim].float().reshape(*x.shape[:-1], -1, 2))
-    turned = torch.view_as_real(pairs * table).flatten(-2).type_as(x)
-    return torch.cat((turned, x[..., rotary_dim:]), dim=-1)
+    table: (batch or 1, seq, 1, rotary_dim / 2), or the same as (…, rotary_dim / 2, 2) real numbers, which torch's
+    compiler understands."""
+    rotary_dim = 2 * table.shape[3]
+    pairs = x[..., :rotary_dim].float().reshape(*x.shape[:-1], -1, 2)
+    if table.is_complex():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * table)
+    else:
+        (a, b), (cosine, sine) = pairs.unbind(-1), table.unbind(-1)
+        turned = torch.stack((a * cosine - b * sine, b * cosine + a * sine), dim=-1)
+    return torch.cat((turned.flatten(-2).type_as(x), x[..., rotary_dim:]), dim=-1)
 
 
 class Attention(nn.Module):
@@ -58,27 +65,41 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, size, bias=False)
 
     def forward(self, x: Tensor, table: Tensor, mask: Tensor | None) -> Tensor:
-        batch, seq, _ = x.shape
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if fits_rotary_attention(x) and all(type(p) is nn.Linear for p in projections):  # adapters work by themselves
-            bias = torch.cat([p.bias for p in projections]) if self.q_proj.bias is not None else None
-            projected = F.linear(x, torch.cat([p.weight for p in projections]), bias)  # one product in place of three
-            groups = self.k_proj.out_features // self.head_dim
+        projected, groups = self._projected(x), self.k_proj.out_features // self.head_dim
+        if fits_rotary_attention(x) and table.is_complex():
             seen: Tensor = RotaryAttention.apply(projected, table, mask, groups, self.head_dim)  # type: ignore[no-untyped-call]
             return self.o_proj(seen)  # type: ignore[no-any-return]
-        q = rotate(self.q_proj(x).view(batch, seq, -1, self.head_dim), table)
-        k = rotate(self.k_proj(x).view(batch, seq, -1, self.head_dim), table)
-        v = self.v_proj(x).view(batch, seq, -1, self.head_dim)
+        batch, seq, _ = x.shape
+        turned = projected.shape[-1] // self.head_dim - groups  # all heads but the values'
+        if x.device.type == "cuda" and table.is_complex():
+            projected = Rotated.apply(projected, table, turned, self.head_dim)  # type: ignore[no-untyped-call]
+            qk, v = projected.view(batch, seq, -1, self.head_dim).split_with_sizes((turned, groups), dim=2)
+        else:
+            qk, v = projected.view(batch, seq, -1, self.head_dim).split_with_sizes((turned, groups), dim=2)
+            qk = rotate(qk, table)
+        q, k = qk.split_with_sizes((turned - groups, groups), dim=2)
+        if self.grouped and mask is not None and x.device.type == "cuda":
+            # Of torch's kernels for a GPU none takes both a mask and shared keys: it would go through whole matrices
+            # of scores.
+            k, v = (t.repeat_interleave(q.shape[2] // groups, dim=2) for t in (k, v))
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
-            enable_gqa=self.grouped,
+            enable_gqa=k.shape[2] != q.shape[2],
         )
         out: Tensor = self.o_proj(y.transpose(1, 2).reshape(batch, seq, -1))
         return out
+
+    def _projected(self, x: Tensor) -> Tensor:
+        """All queries, then all keys, then all values, (batch, seq, (heads + 2 · groups) · head_dim)."""
+        q, k, v = self.q_proj, self.k_proj, self.v_proj
+        if not type(q) is type(k) is type(v) is nn.Linear:  # adapters work by themselves
+            return torch.cat((q(x), k(x), v(x)), dim=-1)
+        bias = None if q.bias is None else torch.cat((q.bias, k.bias, v.bias))
+        return F.linear(x, torch.cat((q.weight, k.weight, v.weight)), bias)  # one product in place of three
 
 
 class MLP(nn.Module):
@@ -127,6 +148,15 @@ class DecoderLayer(nn.Module):
         return x + (F.dropout(y, dropout) if dropout else y)
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """`DecoderLayer.forward`, which takes the rotations as real numbers then, and `kernels.losses_and_gradient`, both
+    compiled."""
+
+    layer: Callable[..., Tensor]
+    losses: Callable[..., tuple[Tensor, Tensor]]
+
+
 class Decoder(nn.Module):
     """Embedding, layers and the last norm; the part that transformers calls `model`."""
 
@@ -152,6 +182,8 @@ class GLM(nn.Module):
         self.config, self.dropout = config, dropout
         self.checkpointing = False
         """Whether training keeps only each layer's input and computes its inside again for the gradient."""
+        self.compiled: Compiled | None = None
+        """What is used while steps are recorded on a GPU (recording.py)."""
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -190,15 +222,24 @@ class GLM(nn.Module):
             table = self._table = rotary_table(self.config, size, self.device)
         return table[None, :length, None] if positions is None else table[positions][:, :, None]
 
-    def forward(self, ids: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        length: int | None = None,
+    ) -> Tensor:
         """Hidden states after the last norm, (batch, seq, D).
 
         Args:
             ids: token ids, (batch, seq).
             positions: (batch, seq), counted from 0 in each sequence; default 0 … seq.
             mask: who sees whom, boolean, (batch or 1, 1, seq, seq); nobody sees later positions. Default: all earlier.
+            length: what all positions lie below. Default: looked up, for which a GPU is waited for.
         """
-        length = ids.shape[1] if positions is None else int(positions.max()) + 1
+        if length is None:
+            length = ids.shape[1] if positions is None else int(positions.max()) + 1
         table = self.rotary(positions, length)
         dropout = self.dropout if self.training else 0.0
         x = self.embed(ids, positions)
@@ -206,8 +247,12 @@ class GLM(nn.Module):
             mask = torch.zeros(mask.shape, device=x.device, dtype=kernels.active_dtype(x)).masked_fill_(
                 ~mask, -math.inf
             )
+        if self.compiled is not None:
+            table = torch.view_as_real(table)
         for layer in self.model.layers:
-            if self.checkpointing and self.training:
+            if self.compiled is not None:
+                x = self.compiled.layer(layer, x, table, mask, dropout)
+            elif self.checkpointing and self.training:
                 x = checkpoint(layer, x, table, mask, dropout, use_reentrant=False)
             else:
                 x = layer(x, table, mask, dropout)
@@ -240,3 +285,18 @@ class GLM(nn.Module):
             hidden, flat = hidden[targets], flat[targets]
         loss: Tensor = LinearCrossEntropy.apply(hidden, self.lm_head.weight, flat)  # type: ignore[no-untyped-call]
         return loss, len(targets)
+
+    def loss_of_at_most(
+        self, room: int, ids: Tensor, labels: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The same loss of batches that have at most `room` labels to learn, by steps that do not depend on what is in
+        them: every array has the same size whatever the labels, so that a GPU can play a recorded one back and is
+        never waited for. Positions are below seq."""
+        hidden = self(ids, positions=positions, mask=mask, length=ids.shape[1]).flatten(0, 1)
+        flat = labels.flatten()
+        if room < len(flat):  # those that are targets first
+            chosen = (flat == IGNORE).byte().argsort(stable=True)[:room]
+            hidden, flat = hidden.index_select(0, chosen), flat.index_select(0, chosen)
+        fused = None if self.compiled is None else self.compiled.losses
+        loss: Tensor = LinearCrossEntropy.apply(hidden, self.lm_head.weight, flat, IGNORE, fused)  # type: ignore[no-untyped-call]
+        return loss

@@ -84,6 +84,7 @@ class Muon(Optimizer):
 
     Args:
         lr: of an update whose root mean square matches AdamW's 0.2 (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+            A number, or a tensor that holds it on the matrices' device: a recorded step reads it there.
         dtype: the arithmetic of `orthogonalize`.
         coefficients: its polynomials.
         spread: who orthogonalizes which matrix where several processes train together.
@@ -93,7 +94,7 @@ class Muon(Optimizer):
         self,
         matrices: Iterable[nn.Parameter],
         *,
-        lr: float,
+        lr: float | Tensor,
         weight_decay: float,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
@@ -129,7 +130,10 @@ class Muon(Optimizer):
                 weights = [local(p) for p in parameters]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 step = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]
-                torch._foreach_add_(weights, updates, alpha=-step)
+                if isinstance(step, Tensor):
+                    torch._foreach_add_(weights, torch._foreach_mul(updates, -step))
+                else:
+                    torch._foreach_add_(weights, updates, alpha=-step)
 
 
 def build_optimizers(
@@ -142,6 +146,7 @@ def build_optimizers(
     betas: tuple[float, float],
     matrix_dtype: torch.dtype = torch.float32,
     spread: Spread = at_once,
+    recorded: bool = False,
 ) -> list[Optimizer]:
     """The optimizers of a stage. Every group keeps its peak rate under `peak_lr`, for `set_learning_rate`.
 
@@ -152,6 +157,8 @@ def build_optimizers(
         adam_lr: AdamW's peak rate.
         matrix_dtype: Muon's arithmetic.
         spread: who does it, see `Muon`.
+        recorded: whether steps may be recorded and played back on a GPU (recording.py): the rates are then tensors
+            there.
     """
     matrices, decayed, plain = [], [], []
     for name, parameter in model.named_parameters():
@@ -167,12 +174,21 @@ def build_optimizers(
         {"params": decayed, "weight_decay": weight_decay},
         {"params": plain, "weight_decay": 0.0},  # decaying a gain or a bias only shrinks the signal
     ]
-    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=adam_lr, betas=betas, eps=1e-10, fused=True)]
+    device = (decayed + plain + matrices)[0].device
+
+    def rate(peak: float) -> float | Tensor:
+        return torch.tensor(peak, device=device) if recorded else peak
+
+    optimizers: list[Optimizer] = [
+        torch.optim.AdamW(groups, lr=rate(adam_lr), betas=betas, eps=1e-10, fused=True, capturable=recorded)
+    ]
     if matrices:
-        optimizers.append(Muon(matrices, lr=matrix_lr, weight_decay=weight_decay, dtype=matrix_dtype, spread=spread))
-    for optimizer in optimizers:
+        optimizers.append(
+            Muon(matrices, lr=rate(matrix_lr), weight_decay=weight_decay, dtype=matrix_dtype, spread=spread)
+        )
+    for optimizer, peak in zip(optimizers, (adam_lr, matrix_lr), strict=False):
         for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+            group["peak_lr"] = peak
     return optimizers
 
 
@@ -192,4 +208,7 @@ def set_learning_rate(optimizers: Sequence[Optimizer], factor: float) -> None:
     """Sets every group to `factor` of its peak."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(group["peak_lr"] * factor)
+            else:
+                group["lr"] = group["peak_lr"] * factor

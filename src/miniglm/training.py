@@ -32,6 +32,7 @@ from miniglm.distributed.team import on_first
 from miniglm.errors import MiniGLMError
 from miniglm.files import append_line, write_whole
 from miniglm.guard import Guard, is_out_of_memory, memory_explained, release_memory, smaller_micro_batch
+from miniglm.kernels import autocast
 from miniglm.model import GLM
 from miniglm.optimizer import Spread, at_once, build_optimizers, learning_rate_factor, set_learning_rate
 
@@ -39,6 +40,8 @@ SAVE_EVERY_SECONDS, SAVE_AT_LEAST_EVERY_SECONDS = 60.0, 600.0
 SAVE_SHARE = 0.04
 """Of the time that saving takes at most between two validations, unless the state is so large that it would then be
 saved less often than every ten minutes."""
+PACED = (30, 50)
+"""Steps of a run between which its pace is taken: the first ones are slower."""
 EVALUATIONS = 8
 """Validations of a stage unless the recipe says how often; together they stay near 5 % of the time."""
 
@@ -148,7 +151,7 @@ def stop_signal() -> Iterator[Callable[[], int]]:
         signal.raise_signal(asked)
 
 
-def optimizers_of(stage: Stage, model: GLM, spread: Spread = at_once) -> list[Optimizer]:
+def optimizers_of(stage: Stage, model: GLM, spread: Spread = at_once, recorded: bool = False) -> list[Optimizer]:
     """The optimizers that a stage asks for, see `build_optimizers`."""
     return build_optimizers(
         model,
@@ -159,17 +162,13 @@ def optimizers_of(stage: Stage, model: GLM, spread: Spread = at_once) -> list[Op
         betas=stage.betas,
         matrix_dtype=torch.bfloat16 if stage.precision == "bfloat16" else torch.float32,
         spread=spread,
+        recorded=recorded,
     )
 
 
 def seconds_between_saves(cost: float) -> float:
     """From one save of the state to the next, where a save takes `cost` seconds."""
     return min(max(SAVE_EVERY_SECONDS, cost / SAVE_SHARE), SAVE_AT_LEAST_EVERY_SECONDS)
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Matrix products in `precision`, "float32" or "bfloat16"."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
 
 
 def _drop_later_metrics(path: Path, step: int) -> None:
@@ -192,13 +191,10 @@ def _gradients(
     parts = [batches.batch(step, *engine.part(micro, micros)) for micro in range(micros)]
     targets = sum(part.targets for part in parts)
     divisor = targets if engine.size == 1 else 1  # how many there are in all, no process knows yet
-    total = 0.0
-    for part in (part.to(model.device) for part in parts):  # one at a time: memory may be short there
-        with autocast(model.device, precision):
-            loss, _ = model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)
-        (loss / divisor).backward()  # type: ignore[no-untyped-call]
-        total += loss.item() / divisor
-    return total, targets
+    losses = [engine.gradients(model, part, divisor, precision, alone=micros == 1) for part in parts]
+    if micros == 1 and model.device.type != "cpu":  # while the device computes
+        batches.prepare(step + 1, *engine.part(0, 1))
+    return sum(loss() for loss in losses), targets
 
 
 def train(
@@ -230,11 +226,11 @@ def train(
     if (stage.steps is None) == (stage.minutes is None):
         raise ValueError("a stage ends by steps or by minutes: give exactly one")
     keep_allocations()
-    engine = engine_for(model)
+    engine = engine_for(model, warn)
     on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     state_path, metrics_path = folder / "state.safetensors", folder / "metrics.jsonl"
     device = model.device
-    optimizers = optimizers_of(stage, model, engine.orthogonalize)
+    optimizers = optimizers_of(stage, model, engine.orthogonalize, engine.recorded)
     torch.manual_seed(stage.seed)
     step, elapsed, tokens, evaluations, validated, since_best = 0, 0.0, 0, 0, 0, 0
     best: dict[str, float] = {}
@@ -256,6 +252,7 @@ def train(
             for name, parameter in weights.items():
                 parameter.copy_(saved[name])
         restore_optimizers(optimizers, section("optimizer::"), meta["optimizers"])
+        engine.forget()
         restore_rng(section("rng::"))
 
     last = engine.load(state_path, warn)
@@ -321,6 +318,7 @@ def train(
 
     micro_rows = min(stage.micro_rows or stage.rows, engine.rows(stage.rows))
     early, last_save, save_after = False, time.monotonic(), SAVE_EVERY_SECONDS
+    taken, pace = 0, (0.0, 0.0)
     fresh, last = last is None, None  # its tensors would stay in memory for the whole stage
     with stop_signal() as asked_to_stop:
         if fresh:  # something to go back to; and a full disk shows now rather than later
@@ -357,8 +355,7 @@ def train(
                 norm = engine.clip(stage.clip)
                 fault = guard.fault(total, norm)
                 if fault is None:
-                    for optimizer in optimizers:
-                        optimizer.step()
+                    engine.update(optimizers)
             engine.zero()
             step += 1
             tokens += stage.rows * batches.context
@@ -416,6 +413,11 @@ def train(
                 if engine.first:
                     on_evaluation()
                 elapsed += time.monotonic() - begun
+            taken += 1
+            if taken == PACED[0]:
+                pace = fraction(), time.monotonic()
+            elif taken == PACED[1] and fraction() > pace[0]:
+                engine.expect((1.0 - fraction()) / (fraction() - pace[0]) * (time.monotonic() - pace[1]))
             if saving:  # what took each process its own time
                 elapsed = engine.clock(elapsed)
             if stopping and not finished:

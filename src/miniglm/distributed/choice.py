@@ -3,6 +3,8 @@ only a sharded model needs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,13 +12,18 @@ from miniglm.distributed import launch
 from miniglm.distributed.engine import DataParallel, OneProcess
 from miniglm.errors import MiniGLMError
 from miniglm.model import GLM
+from miniglm.recording import Recorded
 
 
-def engine_for(model: nn.Module) -> OneProcess:
-    """How a model is trained by as many processes as there are."""
+def engine_for(model: nn.Module, warn: Callable[[str], None] = lambda line: None, compiles: bool = False) -> OneProcess:
+    """How a model is trained by as many processes as there are.
+
+    Args:
+        warn: told what makes it slower than it could be.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if launch.size() == 1:
-        return OneProcess(parameters)
+        return Recorded(parameters, warn) if parameters[0].device.type == "cuda" else OneProcess(parameters)
     if hasattr(parameters[0], "to_local"):  # see sharding.shard
         from miniglm.distributed.sharding import FullySharded
 

@@ -13,10 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from miniglm.checkpoint import load_last_state, save_state
+from miniglm.dataset import Batch
 from miniglm.distributed import launch
 from miniglm.distributed.team import connected, on_first, tell
+from miniglm.kernels import autocast
+from miniglm.model import GLM
 from miniglm.optimizer import at_once
 from miniglm.weights import all_finite
 
@@ -32,6 +36,8 @@ class OneProcess:
     """
 
     size, rank, first = 1, 0, True
+    recorded = False
+    """Whether steps are recorded and played back, see recording.py."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
@@ -46,6 +52,33 @@ class OneProcess:
 
     def seed(self, seed: int, step: int) -> None:
         """Sets the random numbers of a step where those of one process after another would not do."""
+
+    def gradients(self, model: GLM, batch: Batch, divisor: int, precision: str, alone: bool) -> Callable[[], float]:
+        """Adds the gradients of a batch's summed loss, divided by `divisor`, to the parameters' own.
+
+        Args:
+            alone: whether there is nothing to be added to and nothing to come.
+
+        Returns:
+            Gives the loss, divided alike. A GPU is waited for only there.
+        """
+        part = batch.to(model.device)
+        with autocast(model.device, precision):
+            loss, _ = model.loss(part.ids, part.labels, positions=part.positions, mask=part.mask)
+        (loss / divisor).backward()  # type: ignore[no-untyped-call]
+        found = loss.detach()
+        return lambda: found.item() / divisor
+
+    def update(self, optimizers: Sequence[Optimizer]) -> None:
+        """Takes the step that the gradients say."""
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def expect(self, seconds: float) -> None:
+        """Told once, after some steps, how long the stage will go on: for what takes time and then saves more."""
+
+    def forget(self) -> None:
+        """Told when the optimizers' state is another than it was."""
 
     def sum_up(self, loss: float, targets: int, failed: bool) -> float | None:
         """Makes the gradients those of the whole batch's mean loss.

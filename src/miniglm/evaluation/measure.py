@@ -44,13 +44,8 @@ def _summed_loss(model: GLM, batch: Batch) -> float:
             raise
     del part
     release_memory(model.device)
-
-    def cut(rows: slice) -> Batch:
-        positions, mask = (None if t is None else t[rows] for t in (batch.positions, batch.mask))
-        return Batch(batch.ids[rows], batch.labels[rows], positions, mask, batch.rows[rows])
-
     half = len(batch.ids) // 2
-    return _summed_loss(model, cut(slice(half))) + _summed_loss(model, cut(slice(half, None)))
+    return _summed_loss(model, batch.part(slice(half))) + _summed_loss(model, batch.part(slice(half, None)))
 
 
 @torch.inference_mode()
