@@ -824,10 +824,8 @@ SCORING = (0.12, 28.0, 240.0)
 answers all questions in 100 s on two cores."""
 ENCODER = (0.1, 2.0, 240.0)
 """The same for what the look-up's encoder may learn in."""
-RERANKING = (0.18, 0.0, 660.0)
-"""The same for the rerankers."""
-RERANKED = 45.0
-"""Minutes from which on there are rerankers."""
+RERANKING = ((45.0, 500.0), (57.0, 860.0))
+"""Minutes from which on there are rerankers, and better ones, and seconds for them."""
 INDEXING = (0.05, 20.0, 60.0)
 """The same for the rest of the index, its vectors and learning to choose."""
 ALL_QUESTIONS = 10.0
@@ -861,7 +859,7 @@ def seconds_kept(minutes: float, *, index: bool) -> float:
 
 def reranking_seconds(minutes: float) -> float:
     """For the look-up's rerankers in a run of so many minutes."""
-    return seconds_of(RERANKING, minutes) if minutes >= RERANKED else 0.0
+    return max((seconds for least, seconds in RERANKING if minutes >= least), default=0.0)
 
 
 def demo(run: Run, begun: float) -> None:

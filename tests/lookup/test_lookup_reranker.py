@@ -221,6 +221,25 @@ def test_too_few_facts_are_not_reranked(tmp_path: Path) -> None:
     assert Answerer(tmp_path).rerankers is None
 
 
+def test_facts_are_dealt_twice_where_there_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same questions come twice, the second time in other folds."""
+    monkeypatch.setattr(cross_fitting, "DEALT_TWICE", 2.0)
+    learnt_from: list[int] = []
+
+    def trained(samples: list[Sample], *_: object, **__: object) -> dict[str, np.ndarray]:
+        learnt_from.append(len({sample.reading.asked.tobytes() for sample in samples}))
+        learnt_from.append(len(samples))
+        return {}
+
+    monkeypatch.setattr(cross_fitting, "train_network", trained)
+    paragraphs, examples = _material(260)
+    facts = build.locate_all(paragraphs, examples)
+    for seconds in (1.0, 2.0):
+        assert cross_fitting.learn_rerankers(paragraphs, facts, tmp_path, seconds=seconds, seed=1) is not None
+    once, twice = learnt_from[:6], learnt_from[6:]  # of each of three networks
+    assert twice[5] > 1.5 * once[5] and twice[4] < 1.2 * once[4]
+
+
 def test_no_reranker_is_trained_where_there_is_no_choice_to_learn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,8 +38,11 @@ Floats = NDArray[np.float32]
 FOLDS = 4
 FEWEST_FACTS = 200
 """Facts with several phrasings and a place in the book below which a reranker is not worth its training."""
-EPOCHS = 3
-"""With more the rerankers learn the questions by heart."""
+DEALT_TWICE = 800.0
+"""Seconds from which on the facts are dealt a second time, into other folds: the same questions beside what encoders
+that have learnt other facts find, which is worth half a point (docs/lookup.md)."""
+EPOCHS = (3, 2)
+"""Of facts that are dealt once, and twice. With more the rerankers learn the questions by heart."""
 MOST_ASKED = 1250
 """Questions of either kind that a fold looks up at most: a look-up takes some 10 ms, whatever the seconds."""
 ENCODING = 0.45
@@ -97,15 +100,17 @@ def learn_rerankers(
     of_facts: list[Sample] = []
     of_passages: list[Sample] = []
     linear: tuple[Linear, Linear] | None = None
-    for number, withheld in enumerate(folds(facts, seed)):
+    deals = 2 if seconds >= DEALT_TWICE else 1
+    dealt = [withheld for deal in range(deals) for withheld in folds(facts, seed + deal * FOLDS)]
+    for number, withheld in enumerate(dealt):
 
         def tell(share: float, number: int = number) -> None:
-            progress(ENCODING * (number + share) / FOLDS)
+            progress(ENCODING * (number + share) / len(dealt))
 
         # Windows deletes no file that is mapped, and the library's are until the last cycle is collected.
         with tempfile.TemporaryDirectory(prefix=".fold-", dir=scratch, ignore_cleanup_errors=True) as folder:
             known = without(facts, withheld.questions)
-            own = seconds * ENCODING / FOLDS
+            own = seconds * ENCODING / len(dealt)
             encoder = train(paragraphs, facts, withheld, more=more, seconds=own, seed=seed + number, progress=tell)
             asked = _some(withheld, seed + number)
             found = _samples(paragraphs, encoder, known, asked, characters, linear, Path(folder))
@@ -127,7 +132,12 @@ def learn_rerankers(
 
         networks.append(
             train_network(
-                samples, characters, seed=seed + number, epochs=EPOCHS, seconds=left * own, progress=tell_more
+                samples,
+                characters,
+                seed=seed + number,
+                epochs=EPOCHS[deals - 1],
+                seconds=left * own,
+                progress=tell_more,
             )
         )
         gone += own
