@@ -11,7 +11,6 @@ Where torch's compiler works and the stage is long enough to pay for it, what is
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +56,8 @@ class Recorded(OneProcess):
     """
 
     recorded = True
+    compiled_before = False
+    """Whether this process has compiled anything yet."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], warn: Callable[[str], None]) -> None:
         super().__init__(parameters)
@@ -76,7 +77,7 @@ class Recorded(OneProcess):
     def expect(self, seconds: float) -> None:
         """Compiles if that pays. Triton comes with torch for Linux alone: without it there is nothing to compile with,
         and nothing to tell."""
-        pays = COMPILING_PAYS_AGAIN if "torch._inductor" in sys.modules else COMPILING_PAYS
+        pays = COMPILING_PAYS_AGAIN if Recorded.compiled_before else COMPILING_PAYS
         if seconds >= pays and self._able and importlib.util.find_spec("triton") is not None:
             self._compiles = True
             self.forget()
@@ -187,6 +188,7 @@ class Recorded(OneProcess):
         else:
             differences = torch._foreach_sub(gradients, plain)
             error_share = float(nn.utils.get_total_norm(differences) / nn.utils.get_total_norm(plain))
+            Recorded.compiled_before = True
             if error_share <= COMPILED_ERROR:
                 return model.compiled
             reason = f"编译出来的梯度差 {error_share:.0%}"
