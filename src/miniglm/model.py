@@ -41,7 +41,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns the first dimensions of each head by its position. x: (batch, seq, heads, head_dim);
     table: (batch or 1, seq, 1, rotary_dim / 2), or the same as (…, rotary_dim / 2, 2) real numbers, which torch's
     compiler understands."""
-    rotary_dim = 2 * table.shape[3]
+    rotary_dim = 2 * table.shape[-1 if table.is_complex() else -2]
     pairs = x[..., :rotary_dim].float().reshape(*x.shape[:-1], -1, 2)
     if table.is_complex():
         turned = torch.view_as_real(torch.view_as_complex(pairs) * table)
