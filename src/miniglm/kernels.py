@@ -151,9 +151,11 @@ class Rotated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, projected: Tensor, table: Tensor, turned: int, head_dim: int) -> Tensor:
-        """Args:
-        projected: (batch, seq, heads · head_dim), of which the first `turned` heads are rotated. Overwritten.
-        table: complex, (batch or 1, seq, 1, rotary_dim / 2), see model.rotary_table.
+        """Overwrites `projected` and gives it back.
+
+        Args:
+            projected: (batch, seq, heads · head_dim), of which the first `turned` heads are rotated.
+            table: complex, (batch or 1, seq, 1, rotary_dim / 2), see model.rotary_table.
         """
         ctx.mark_dirty(projected)
         ctx.save_for_backward(table)
@@ -231,25 +233,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             h = hidden[start : start + rows].to(compute)
             y = labels[start : start + rows, None]
+            wanted = None
             if compiled is not None:
                 loss, p = compiled(h @ matrix.T, y, ignored)
                 total += loss
-                if grad_hidden is not None:
-                    grad_hidden[start : start + rows] = p @ matrix
-                if grad_weight is not None:
-                    grad_weight += p.T @ h
-                continue
-            wanted = None
-            if ignored is not None:  # hidden states of zero have no part in the gradient of the weights
-                wanted = y != ignored
-                h, y = h * wanted, y * wanted
-            p = torch.softmax(h @ matrix.T, dim=1, dtype=torch.float32)
-            losses = p.gather(1, y).clamp_min_(torch.finfo(torch.float32).tiny).log_()
-            total -= (losses if wanted is None else losses * wanted).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            p.scatter_add_(1, y, torch.full_like(y, -1.0, dtype=p.dtype))
-            p = p.to(compute)
+            else:
+                if ignored is not None:  # hidden states of zero have no part in the gradient of the weights
+                    wanted = y != ignored
+                    h, y = h * wanted, y * wanted
+                p = torch.softmax(h @ matrix.T, dim=1, dtype=torch.float32)
+                losses = p.gather(1, y).clamp_min_(torch.finfo(torch.float32).tiny).log_()
+                total -= (losses if wanted is None else losses * wanted).sum()
+                if grad_hidden is None and grad_weight is None:
+                    continue
+                p.scatter_add_(1, y, torch.full_like(y, -1.0, dtype=p.dtype))
+                p = p.to(compute)
             if grad_hidden is not None:
                 grad = p @ matrix
                 grad_hidden[start : start + rows] = grad if wanted is None else grad * wanted

@@ -71,13 +71,11 @@ class Attention(nn.Module):
             return self.o_proj(seen)  # type: ignore[no-any-return]
         batch, seq, _ = x.shape
         turned = projected.shape[-1] // self.head_dim - groups  # all heads but the values'
-        if x.device.type == "cuda" and table.is_complex():
+        in_place = x.device.type == "cuda" and table.is_complex()
+        if in_place:
             projected = Rotated.apply(projected, table, turned, self.head_dim)  # type: ignore[no-untyped-call]
-            qk, v = projected.view(batch, seq, -1, self.head_dim).split_with_sizes((turned, groups), dim=2)
-        else:
-            qk, v = projected.view(batch, seq, -1, self.head_dim).split_with_sizes((turned, groups), dim=2)
-            qk = rotate(qk, table)
-        q, k = qk.split_with_sizes((turned - groups, groups), dim=2)
+        qk, v = projected.view(batch, seq, -1, self.head_dim).split_with_sizes((turned, groups), dim=2)
+        q, k = (qk if in_place else rotate(qk, table)).split_with_sizes((turned - groups, groups), dim=2)
         if self.grouped and mask is not None and x.device.type == "cuda":
             # Of torch's kernels for a GPU none takes both a mask and shared keys: it would go through whole matrices
             # of scores.

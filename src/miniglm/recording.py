@@ -5,7 +5,8 @@ processor longer than a GPU takes to run them (docs/speed.md). So forward, loss 
 clipping and the optimizers as another; between the two the loop looks at the loss and decides whether to take the step.
 What a recording reads and writes stays where it is in memory; what differs from step to step is copied in.
 
-Where torch's compiler works and the stage is long enough to pay for it, what is recorded is compiled layers and a compiled loss.
+Where torch's compiler works and the stage is long enough to pay for it, what is recorded is compiled layers and a
+compiled loss.
 """
 
 from __future__ import annotations

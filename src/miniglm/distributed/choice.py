@@ -15,7 +15,7 @@ from miniglm.model import GLM
 from miniglm.recording import Recorded
 
 
-def engine_for(model: nn.Module, warn: Callable[[str], None] = lambda line: None, compiles: bool = False) -> OneProcess:
+def engine_for(model: nn.Module, warn: Callable[[str], None] = lambda line: None) -> OneProcess:
     """How a model is trained by as many processes as there are.
 
     Args:
