@@ -13,8 +13,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -29,9 +31,11 @@ from miniglm.errors import MiniGLMError
 from miniglm.files import (
     TEMPORARY,
     check_digests,
+    clean_temporaries,
     file_digests,
     read_json,
     sealed,
+    temporary_folder,
     unsealed,
     write_json,
     write_whole,
@@ -315,6 +319,62 @@ def test_a_stop_at_any_stage_ends_with_its_exit_code(
         assert "接着做" in errors
         assert load_state(out / "pretrain" / "state.safetensors")[1]["step"] >= 0
     assert not list(out.rglob(f"{TEMPORARY}*"))
+
+
+def interrupted_at_every_instruction(action: Callable[[], object], check: Callable[[], None], file: str = "") -> int:
+    """Runs `action` again and again, with a Ctrl-C before its first instruction, its second, and so on, in all code but
+    C, or in that of one file; `check` looks at what each leaves. Returns how many instructions there were."""
+    at = left = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and frame.f_code.co_filename.endswith(file):
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    while True:
+        at += 1
+        left = at
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            action()
+        except KeyboardInterrupt:
+            ended = False
+        else:
+            ended = True
+        finally:
+            sys.settrace(before)
+        check()
+        if ended:
+            return at - 1
+
+
+def test_ctrl_c_at_any_instruction_leaves_no_half_written_file(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "f"
+
+    def look() -> None:
+        assert {p.name for p in tmp_path.rglob("*") if p.is_file()} <= {"f"}
+        assert not path.exists() or path.read_text() == "new"
+
+    assert interrupted_at_every_instruction(lambda: write_whole(path, "new"), look) > 50
+
+
+def test_ctrl_c_at_any_instruction_leaves_no_temporary_folder_that_is_not_cleaned_up(tmp_path: Path) -> None:
+    def use() -> None:
+        with temporary_folder(tmp_path / "run") as folder:
+            (folder / "f").write_text("x")
+
+    def look() -> None:
+        clean_temporaries(tmp_path)
+        assert not any((tmp_path / "run").iterdir())
+
+    (tmp_path / "run").mkdir()
+    assert interrupted_at_every_instruction(use, look, str(Path("miniglm") / "files.py")) > 20
 
 
 SLOW = """

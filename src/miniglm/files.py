@@ -7,8 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -38,19 +38,15 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[BinaryIO
     Raises:
         MiniGLMError: the folder cannot be made or written to, or the disk is full.
     """
-    temporary: Path | None = None
+    # The name is known before the file is there, so that Ctrl-C between the two leaves nothing behind. It lies in the
+    # same folder, because os.replace is atomic only within one file system.
+    temporary = path.with_name(_temporary(path) + secrets.token_hex(8))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The same folder, because os.replace is atomic only within one file system.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_temporary(path), delete=False) as file:
-            temporary = Path(file.name)
-            yield file  # type: ignore[misc]  # typeshed's wrapper delegates every method of BinaryIO
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
-        if os.name == "posix":  # mkstemp gives 0600; none of our files is a secret
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
         if previous is not None and path.exists():
             path.replace(previous)
         temporary.replace(path)
@@ -61,8 +57,26 @@ def written_whole(path: Path, previous: Path | None = None) -> Iterator[BinaryIO
                 previous.replace(path)
         raise _cannot_write(path, error) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be nothing, and no folder either
+            temporary.unlink()
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A folder that is gone after the block; what a killed process leaves of it, `clean_temporaries` removes.
+
+    Raises:
+        MiniGLMError: it cannot be made.
+    """
+    folder = parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise _cannot_write(parent, error) from error
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # Windows removes no file that is still mapped
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

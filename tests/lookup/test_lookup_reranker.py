@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from miniglm.corpus import Paragraph
 from miniglm.errors import MiniGLMError
+from miniglm.files import TEMPORARY
 from miniglm.lookup import build, cross_fitting
 from miniglm.lookup.answer import PART, Answerer, narrowed, quotes
 from miniglm.lookup.build import build_index
@@ -197,7 +198,7 @@ def reranked(tmp_path_factory: pytest.TempPathFactory) -> Path:
             progress=told.append,
         )
     assert told == sorted(told) and told[-1] == 1
-    assert not list(folder.glob(".fold-*"))
+    assert not list(folder.glob(f"{TEMPORARY}*"))
     return folder
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import random
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miniglm.corpus import Paragraph
+from miniglm.files import temporary_folder
 from miniglm.lookup.encoder import Encoder
 from miniglm.lookup.facts import Fact, Memory, without
 from miniglm.lookup.features import Candidates, Sources
@@ -96,7 +96,6 @@ def learn_rerankers(
         return None
     begun = time.monotonic()
     characters = Characters.build((plain(p.text) for p in sample_of_book(paragraphs, seed)), seed)
-    scratch.mkdir(parents=True, exist_ok=True)
     of_facts: list[Sample] = []
     of_passages: list[Sample] = []
     linear: tuple[Linear, Linear] | None = None
@@ -107,19 +106,18 @@ def learn_rerankers(
         def tell(share: float, number: int = number) -> None:
             progress(ENCODING * (number + share) / len(dealt))
 
-        # Windows deletes no file that is mapped, and the library's are until the last cycle is collected.
-        with tempfile.TemporaryDirectory(prefix=".fold-", dir=scratch, ignore_cleanup_errors=True) as folder:
+        with temporary_folder(scratch) as folder:
             known = without(facts, withheld.questions)
             own = seconds * ENCODING / len(dealt)
             encoder = train(paragraphs, facts, withheld, more=more, seconds=own, seed=seed + number, progress=tell)
             asked = _some(withheld, seed + number)
-            found = _samples(paragraphs, encoder, known, asked, characters, linear, Path(folder))
+            found = _samples(paragraphs, encoder, known, asked, characters, linear, folder)
             if found is None:
                 return None
             linear, facts_read, passages_read = found
             of_facts += facts_read
             of_passages += passages_read
-            gc.collect()
+            gc.collect()  # Windows deletes no file that is mapped, and the library's are until their last cycle goes
     assert linear is not None
     left = max(seconds - (time.monotonic() - begun), seconds * (1 - ENCODING) / 2)
     networks = []
