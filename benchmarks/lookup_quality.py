@@ -125,7 +125,7 @@ def quality(run: Path) -> dict[str, Any]:
             continue
         given |= {f"{name} keys": found["key_accuracy"], f"{name} keys shown": found["key_shown"]}
         given |= {f"{name} evidence in 5": found["evidence_shown"], f"{name} both": found["both"]}
-        given |= {f"{name} two facts": found["two_facts"], f"{name} two passages": found["two_passages"]}
+        given |= {f"{name} several facts": found["several_facts"], f"{name} several quotes": found["several_quotes"]}
         given |= {f"{name} evidence in 5, without what is around": found["evidence_quoted"]}
         given |= {f"{name} characters": found["characters"]}
         ways = [fact_orders(answerer, one) for one in looks] if name == "val" else []

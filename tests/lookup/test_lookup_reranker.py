@@ -16,14 +16,14 @@ from miniglm.corpus import Paragraph
 from miniglm.errors import MiniGLMError
 from miniglm.files import TEMPORARY
 from miniglm.lookup import build, cross_fitting
-from miniglm.lookup.answer import PART, Answerer, narrowed, quotes
+from miniglm.lookup.answer import Answerer, quotes
 from miniglm.lookup.build import build_index
 from miniglm.lookup.cross_fitting import folds
 from miniglm.lookup.encoder import Encoder, build_vocabulary
 from miniglm.lookup.facts import Fact
 from miniglm.lookup.features import Query
 from miniglm.lookup.library import Passage
-from miniglm.lookup.look import Scores
+from miniglm.lookup.look import SEVERAL, Scores
 from miniglm.lookup.reranker import PARTS, Characters, Reranker, Rerankers, Text, read
 from miniglm.lookup.reranker_training import Network, Sample, collate, train_network
 from miniglm.lookup.text import plain
@@ -267,34 +267,19 @@ def test_a_damaged_reranker_is_named(reranked: Path, tmp_path: Path) -> None:
         Rerankers.load(tmp_path / "index" / "reranker")
 
 
-def test_two_passages_are_quoted_where_it_is_not_clear_which(reranked: Path) -> None:
+def test_several_quotes_are_given_where_it_is_not_clear_which(reranked: Path) -> None:
     answerer = Answerer(reranked)
     found = answerer.look(_material(320)[1][0].turns[0].question)
     assert answerer.scores(found).answers.keys() <= set(range(len(found.texts)))
-    answers = {n: np.ones(len(plain(text.text)), np.float32) for n, text in enumerate(found.texts)}
-    passages = -np.arange(len(found.texts), dtype=np.float32) * 5
     facts = np.zeros(len(found.facts.numbers), dtype=np.float32)
-    assert quotes(found, Scores(facts, passages, answers)) == [(0, found.texts[0])]
-    alike = quotes(found, Scores(facts, passages * 0, answers))
-    assert [n for n, _ in alike] == [0, 1]
-    assert quotes(found, Scores(facts, passages * 0)) == [(0, found.texts[0])]  # nothing has read them
+    sure = -np.arange(len(found.texts), dtype=np.float32) * 5
+    places = {n: np.full(len(plain(t.text)), 1 / len(plain(t.text)), np.float32) for n, t in enumerate(found.texts)}
 
+    def given(passages: np.ndarray, places: dict[int, np.ndarray], *, alone: bool) -> list[Passage]:
+        return [quote.passage for quote in quotes(found, Scores(facts, passages, places), alone=alone)]
 
-@given(
-    st.lists(st.text(alphabet="天地，玄黄宇宙", min_size=1, max_size=60), min_size=1, max_size=6),
-    st.integers(0, 10**6),
-)
-def test_a_quote_is_cut_to_whole_sentences_around_the_answer(pieces: list[str], seed: int) -> None:
-    text = "".join(f"{piece}。" for piece in pieces)
-    passage = Passage("书", 1, "第一章", 1, 7, text)
-    generator = np.random.default_rng(seed)
-    place = int(generator.integers(max(1, len(plain(text)))))
-    shares = (np.arange(len(plain(text))) == place).astype(np.float32)
-    cut = narrowed(passage, shares)
-    assert cut.text and text[cut.start - 7 :].startswith(cut.text)
-    assert len(cut.text) <= PART or cut.text.count("。") == 1
-    ends = {0, *(n + 1 for n, c in enumerate(text) if c == "。")}
-    assert {cut.start - 7, cut.start - 7 + len(cut.text)} <= ends
-    if len(plain(text)):
-        before = len(plain(text[: cut.start - 7]))
-        assert before <= place < before + len(plain(cut.text))
+    (whole,) = given(sure, places, alone=True)
+    assert whole.text == found.texts[0].text
+    assert 1 < len(given(sure * 0, places, alone=True)) <= SEVERAL
+    assert given(sure, {}, alone=False) == given(sure * 0, {}, alone=False) == [found.texts[0]]  # nothing has read them
+    assert quotes(found, Scores(facts, sure[:0]), alone=True) == []

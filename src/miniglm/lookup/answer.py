@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from miniglm.errors import MiniGLMError
 from miniglm.lookup.encoder import Encoder
+from miniglm.lookup.excerpts import Excerpt, cut_up, likeliest
 from miniglm.lookup.facts import Memory
 from miniglm.lookup.fault import damaged
 from miniglm.lookup.features import Sources
 from miniglm.lookup.library import Library, Passage
 from miniglm.lookup.look import (
+    SEVERAL,
     Judge,
     Look,
     Scores,
@@ -34,14 +35,16 @@ from miniglm.lookup.look import (
     signals,
 )
 from miniglm.lookup.reranker import Rerankers
-from miniglm.lookup.text import plain_with_places, sentences
+from miniglm.lookup.text import PASSAGE
 
 NOT_FOUND = "书中没有找到相关内容"
 SHOWN = 5
 """Citations of an answer at most."""
-PART = 90
-"""Characters that each of two quotes has at most, a longer sentence aside. docs/lookup.md has what more and less would
-do."""
+PART = 60
+"""Characters that a quote has at most that does not stand alone, a longer sentence aside."""
+LEAST_QUOTE = 0.25
+"""Of the chance of the first quote, what another's must be to be shown as well. Chosen as `look.DOUBT` was: docs/lookup.md
+has what more and less of these would do."""
 WINDOW = 250
 """Characters that a citation has at most around the passage it is about, a longer passage aside."""
 FORMAT, READABLE = 4, (3, 4)
@@ -102,7 +105,7 @@ class Answer:
 
     Attributes:
         statements: one, or, where it is not clear whether the fact or the passage answers, both, the likelier first;
-            and two facts, or two passages, where it is not clear which of them.
+            and up to three facts, or quotes, where it is not clear which of them.
         citations: those of the statements first.
         kind: "fact" (the answers of taught facts), "quote" (the book's own words), "both", "refused" (`NOT_FOUND`).
         confidence: how sure it is that the text is right, or of a refusal that the book tells nothing, 0 to 1.
@@ -231,9 +234,9 @@ class Answerer:
         said: list[tuple[str, Passage | None, bool]] = []
         first: list[tuple[Passage, float]] = []
         if shown and (unsure or chance < 0.5):
-            for candidate, quoted in quotes(found, scores):
-                said.append((quoted.text, quoted, True))
-                first.append((quoted, shares_of[candidate]))
+            for quote in quotes(found, scores, alone=not unsure):
+                said.append((quote.passage.text, quote.passage, True))
+                first.append((quote.passage, quote.chance * sure_quote))
         if not said or unsure:
             told = likely(facts)
             place = 0 if chance >= 0.5 else len(said)
@@ -244,6 +247,7 @@ class Answerer:
                 # Of the second as much less sure as it is less likely.
                 sure = sure_fact * math.exp(float(facts[number] - facts[told[0]]))
                 first[place:place] = [(passage, sure)] if passage else []
+        del said[SHOWN:]
         cited = self._cite(first, shown)
         statements = tuple(
             Statement(text, next((c for c in cited if passage and _share_text(c, passage)), None), verbatim)
@@ -286,38 +290,23 @@ class Answerer:
         return tuple(kept)
 
 
-def quotes(found: Look, scores: Scores) -> list[tuple[int, Passage]]:
-    """The passages to quote, each with its place among those found: the best one; or, where the next that shares no
-    text with it is not so much less likely that it need not be shown, and a reranker has read both, of each of the two
-    the sentences that most likely hold the answer."""
-    order = ranked(scores.passages).tolist()
-    if not order:
+def quotes(found: Look, scores: Scores, *, alone: bool) -> list[Excerpt]:
+    """What to quote: where a reranker has read the passages, the sentences that most likely hold the answer, up to
+    `SEVERAL` times where it is not clear which, and else the best passage.
+
+    Args:
+        alone: nothing else is said. A quote that stands alone has as much around it as a passage.
+    """
+    if not len(scores.passages):
         return []
-    best = order[0]
-    text = found.texts[best]
-    second = next((n for n in order[1:] if n in scores.answers and not _share_text(found.texts[n], text)), None)
-    unsure = second is not None and in_doubt(share_of(scores.passages[best] - scores.passages[second]))
-    if second is None or not unsure:
-        return [(best, text)]
-    return [(n, narrowed(found.texts[n], scores.answers[n])) for n in (best, second)]
-
-
-def narrowed(passage: Passage, shares: NDArray[np.float32]) -> Passage:
-    """Of a passage the run of whole sentences of at most `PART` characters that holds most of these shares, the longer
-    of equal ones; at least one sentence."""
-    cut = sentences(passage.text)
-    bounds = np.array([start for start, _ in cut] + [len(passage.text)], dtype=np.int64)
-    _, places = plain_with_places(passage.text, bounds)
-    held = np.concatenate([[0.0], np.cumsum(shares)])[np.minimum(places, len(shares))]
-    runs = [
-        (first, last)
-        for first in range(len(cut))
-        for last in range(first, len(cut))
-        if last == first or cut[last][1] - cut[first][0] <= PART
-    ]
-    first, last = max(runs, key=lambda run: (round(float(held[run[1] + 1] - held[run[0]]), 2), run[1] - run[0]))
-    start, end = cut[first][0], cut[last][1]
-    return replace(passage, start=passage.start + start, text=passage.text[start:end])
+    chances = np.exp(scores.passages - scores.passages.max())
+    chances /= chances.sum()
+    if not scores.answers:
+        best = int(chances.argmax())
+        return [Excerpt(found.texts[best], float(chances[best]))]
+    cut = cut_up(found.texts, chances, scores.answers)
+    made = likeliest(cut, PART, SEVERAL, LEAST_QUOTE)
+    return likeliest(cut, PASSAGE, 1, 1.0) if alone and len(made) == 1 else made
 
 
 def _share_text(one: Citation | Passage, other: Citation | Passage) -> bool:

@@ -219,7 +219,10 @@ def learn(
         for found, s in zip(every, scores, strict=True)
     ]
     said_right = np.array([any(answers(text, fact) for text in own) for own, fact in zip(said, asked, strict=False)])
-    shown = [[passage.text for _, passage in quotes(found, s)] for found, s in zip(every, scores, strict=True)]
+    shown = [
+        [quote.passage.text for quote in quotes(found, s, alone=not unsure)]
+        for found, s, unsure in zip(every, scores, both, strict=False)
+    ]
     shown_right = np.array([any(answers(t, fact) for t in own) for own, fact in zip(shown, asked, strict=False)])
     right_as_given = np.where(both, said_right | shown_right, np.where(chances >= 0.5, said_right, shown_right))
     right_as_given &= kept[: len(asked)]
@@ -228,7 +231,7 @@ def learn(
         "reworded_right": float(np.mean(answered[: len(old)])),
         "reworded_right_as_given": float(right_as_given[: len(old)].mean()),
         "reworded_both": float(both[: len(old)].mean()),
-        "reworded_two_facts": float(np.mean([len(own) == 2 for own in said[: len(old)]])),
+        "reworded_several_facts": float(np.mean([len(own) > 1 for own in said[: len(old)]])),
         "untaught": len(new),
         "untaught_quoted": float(np.mean(quoted[len(old) :])),
         "untaught_right_as_given": float(right_as_given[len(old) :].mean()),

@@ -35,8 +35,12 @@ from miniglm.lookup.reranker import (
 
 Floats = NDArray[np.float32]
 DOUBT = 0.25
-"""How far from one half the chance of the fact against the passage, or of the first fact against the second, must be for
-one alone to be shown. Chosen on facts held out from the training questions: see docs/lookup.md."""
+"""How far from one half the chance of the fact against the passage must be for one alone to be shown. This and what is
+below: chosen on facts held out from the training questions, see docs/lookup.md."""
+SEVERAL = 3
+"""Facts, and quotes, that an answer has at most."""
+LEAST_FACT = 0.2
+"""Of the chance of the first fact, what another's must be to be shown as well."""
 _FACT_SIGNALS = ("cos_question", "cos_answer", "cos_together", "cover_told", "cover_either", "soft_told", "dice_question",
                  "answer_in_question", "kind_nearness")  # fmt: skip
 _PASSAGE_SIGNALS = ("cos", "cos_context", "cover", "cover_context", "cover_pairs", "cover_pairs_context",
@@ -204,12 +208,10 @@ def ranked(scores: Floats) -> NDArray[np.int64]:
 
 
 def likely(scores: Floats) -> list[int]:
-    """Places of the best candidate and, where it is not so much less likely that it need not be shown, of the next: the
-    ranker learns the log odds of one against another. None where there are no candidates."""
-    order: list[int] = ranked(scores)[:2].tolist()
-    if len(order) == 2 and not in_doubt(share_of(scores[order[0]] - scores[order[1]])):
-        order.pop()
-    return order
+    """Places of the best candidate and, up to `SEVERAL`, of those that are not so much less likely that they need not be
+    shown: the ranker learns the log odds of one against another. None where there are no candidates."""
+    order = ranked(scores)[:SEVERAL]
+    return [int(n) for n in order if scores[n] - scores[order[0]] >= np.log(LEAST_FACT)]
 
 
 def signals(found: Look, scores: Scores) -> tuple[Floats, Floats]:

@@ -34,8 +34,8 @@ def measure(examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str,
     """Shares with their 95 % intervals, None where there is no such question: `key_accuracy` of questions with keys by
     the answer alone, `key_shown` by the answer with its first two citations; `evidence_shown` among the citations of
     those with evidence, `evidence_quoted` among the sentences that these are about; `refused`, `quoted` (answered by a
-    passage), `both` (by facts and a passage), `two_facts` (by two facts, a passage beside them or not) and `two_passages`
-    (by two, facts beside them or not), of all. And the mean of `characters` of the answers not refused.
+    passage), `both` (by facts and a passage), `several_facts` (by more than one, a passage beside them or not) and
+    `several_quotes` (facts beside them or not), of all. And the mean of `characters` of the answers not refused.
     """
     pairs = list(zip(examples, answers, strict=True))
     evidence = [(e.extra.get("evidence"), a) for e, a in pairs]
@@ -51,8 +51,8 @@ def measure(examples: Sequence[Example], answers: Sequence[Answer]) -> dict[str,
         "refused": [a.refused for a in answers],
         "quoted": [a.kind == "quote" for a in answers],
         "both": [a.kind == "both" for a in answers],
-        "two_facts": [sum(not said.verbatim for said in a.statements) == 2 for a in answers],
-        "two_passages": [sum(said.verbatim for said in a.statements) == 2 for a in answers],
+        "several_facts": [sum(not said.verbatim for said in a.statements) > 1 for a in answers],
+        "several_quotes": [sum(said.verbatim for said in a.statements) > 1 for a in answers],
         "characters": [len(a.text) for a in answers if not a.refused],
     }
     return {
