@@ -183,17 +183,24 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _changes(before: dict[str, Any], after: dict[str, Any], keys: Sequence[str]) -> str:
+    """Those settings of `keys` that differ, with both values; "" where none does."""
+
+    def shown(value: Any) -> str:
+        return "没有设" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+    return "；".join(
+        f"{key}：{shown(before.get(key))} → {shown(after[key])}" for key in keys if before.get(key) != after[key]
+    )
+
+
 def _refuse_changes(path: Path, old: Recipe, new: Recipe) -> None:
     before, after = _flat(old.model_dump()), _flat(new.model_dump())
     frozen = [part for file, parts in FROZEN if (path.parent / file).exists() for part in parts]
-    changed = [
-        f"{key}：{before[key]} → {after[key]}"
-        for key in before
-        if before[key] != after[key] and key.startswith(tuple(frozen)) and not key.endswith(MAY_CHANGE)
-    ]
-    if changed:
+    fixed = [key for key in before if key.startswith(tuple(frozen)) and not key.endswith(MAY_CHANGE)]
+    if changed := _changes(before, after, fixed):
         raise MiniGLMError(
-            f"这个运行目录是用别的配方做的，不能改 {'；'.join(changed)}",
+            f"这个运行目录是用别的配方做的，不能改 {changed}",
             path=path,
             fix="换一个 --out 目录，或去掉这些改动",
         )
@@ -422,12 +429,8 @@ def _make_plan(run: Run, seconds: float | None) -> Plan:
     if known is not None and known.recipe_lengths == lengths(run.recipe):
         return known
     if known is not None and _trained(run, has_pairs=meta["train_pairs"] > 0):
-        before, after = _flat(known.recipe_lengths), _flat(lengths(run.recipe))
-        changed = "；".join(
-            f"{'run.' * (key == 'minutes')}{key}：{_set(before.get(key))} → {_set(after[key])}"
-            for key in after
-            if before.get(key) != after[key]
-        )
+        before, after = (_flat(own) for own in (known.recipe_lengths, lengths(run.recipe)))
+        changed = _changes(before, after, list(after)).replace("minutes", "run.minutes")
         say(f"这个运行已经训练完，不会因为改了时长再训练（{changed}）；要重新训练，换一个 --out 目录")
         return known
     precision = known.pretrain.precision if known is not None else choose_precision(run.device)
@@ -452,10 +455,6 @@ def _make_plan(run: Run, seconds: float | None) -> Plan:
         f"宽 {made.model.hidden_size}、{made.model.num_parameters / 1e6:.1f} 百万参数，上下文 {made.context}"
     )
     return made
-
-
-def _set(value: float | None) -> str:
-    return "没有设" if value is None else f"{value:g}"
 
 
 def _trained(run: Run, *, has_pairs: bool) -> bool:

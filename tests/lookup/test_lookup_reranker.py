@@ -16,14 +16,14 @@ from miniglm.corpus import Paragraph
 from miniglm.errors import MiniGLMError
 from miniglm.files import TEMPORARY
 from miniglm.lookup import build, cross_fitting
-from miniglm.lookup.answer import Answerer, quotes
+from miniglm.lookup.answer import SHOWN, Answerer, quotes
 from miniglm.lookup.build import build_index
 from miniglm.lookup.cross_fitting import folds
 from miniglm.lookup.encoder import Encoder, build_vocabulary
 from miniglm.lookup.facts import Fact
 from miniglm.lookup.features import Query
 from miniglm.lookup.library import Passage
-from miniglm.lookup.look import SEVERAL, Scores
+from miniglm.lookup.look import SEVERAL, Scores, likely
 from miniglm.lookup.reranker import PARTS, Characters, Reranker, Rerankers, Text, read
 from miniglm.lookup.reranker_training import Network, Sample, collate, train_network
 from miniglm.lookup.text import plain
@@ -283,3 +283,17 @@ def test_several_quotes_are_given_where_it_is_not_clear_which(reranked: Path) ->
     assert 1 < len(given(sure * 0, places, alone=True)) <= SEVERAL
     assert given(sure, {}, alone=False) == given(sure * 0, {}, alone=False) == [found.texts[0]]  # nothing has read them
     assert quotes(found, Scores(facts, sure[:0]), alone=True) == []
+
+
+def test_an_answer_says_no_more_than_it_cites(reranked: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three facts and three quotes would be six; what is said last, the least likely, is left out."""
+    answerer = Answerer(reranked)
+    found = answerer.look(_material(320)[1][0].turns[0].question)
+    places = {n: np.full(len(plain(t.text)), 1 / len(plain(t.text)), np.float32) for n, t in enumerate(found.texts)}
+    facts, passages = (np.zeros(count, np.float32) for count in (len(found.facts.numbers), len(found.texts)))
+    monkeypatch.setattr(answerer, "scores", lambda _: Scores(facts, passages, places))
+    monkeypatch.setattr("miniglm.lookup.answer.in_doubt", lambda _: True)
+    assert len(quotes(found, answerer.scores(found), alone=False)) == SEVERAL == len(likely(facts))
+    answer = answerer.decide(found)
+    assert answer.kind == "both" and len(answer.statements) == SHOWN == len(answer.citations)
+    assert all(said.citation in answer.citations for said in answer.statements)
