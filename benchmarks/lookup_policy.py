@@ -19,7 +19,6 @@ import numpy as np
 from miniglm.lookup import answer, look
 from miniglm.lookup.answer import Answerer
 from miniglm.lookup.facts import Fact, Memory, without
-from miniglm.lookup.features import Sources
 from miniglm.lookup.look import Look, Scores
 from miniglm.lookup.withheld import answers, withhold
 from miniglm.pipeline import Run
@@ -47,10 +46,8 @@ class Asked:
 def asked(answerer: Answerer, seed: int) -> list[Asked]:
     """Looks the withheld questions up as if they were new."""
     withheld = withhold(answerer.memory.facts, seed)
-    answerer.memory = Memory.build(
-        without(answerer.memory.facts, withheld.questions), answerer.library, answerer.encoder
-    )
-    answerer._sources = Sources(answerer.encoder, answerer.memory, answerer.library)
+    known_facts = without(answerer.memory.facts, withheld.questions)
+    answerer.remember(Memory.build(known_facts, answerer.library, answerer.encoder))
     made = []
     for questions, known in ((withheld.reworded, True), (withheld.new, False)):
         for question, fact in questions:

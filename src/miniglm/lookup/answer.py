@@ -187,9 +187,13 @@ class Answerer:
             raise damaged(f"检索的索引读不出来（{error}）", folder) from None
         self.encoder = Encoder.load(folder / "encoder")
         self.library = Library(folder / "books")
-        self.memory = Memory.load(folder / "facts")
         self.rerankers = Rerankers.load(folder / RERANKER) if about.get("reranked") else None
-        self._sources = Sources(self.encoder, self.memory, self.library)
+        self.remember(Memory.load(folder / "facts"))
+
+    def remember(self, memory: Memory) -> None:
+        """Answers by these facts from now on."""
+        self.memory = memory
+        self._sources = Sources(self.encoder, memory, self.library)
 
     def answer(self, question: str) -> Answer:
         """The answer, refused where the judge holds that the books have none. At most `SHOWN` citations that do not
